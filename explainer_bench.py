@@ -1,0 +1,214 @@
+"""What every room stands on: named components, their registry, and the error that a user can mend.
+
+`adapters`, `metrics` and `leaderboards` never import each other; what they share is here, and it knows none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Generic, TypeVar, dataclass_transform
+
+import pydantic
+import yaml
+
+__version__ = "0.1.0"
+
+_SPEC = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<params>.*)\])?")
+_CONFIG = pydantic.ConfigDict(arbitrary_types_allowed=True)
+
+
+class RequestError(ValueError):
+    """The request was wrong: one line that says what is wrong, where, and how to mend it."""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return " Did you mean ...?" for a near miss, else the list of what is known.
+
+    Parameters
+    ----------
+    word : str
+        What was asked for.
+    known : list of str
+        What there is.
+    """
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(near)}?" if near else f" Known: {', '.join(sorted(known))}."
+
+
+@dataclass_transform(kw_only_default=True)
+class Component:
+    """A named, versioned part with keyword parameters.
+
+    A subclass states constants as plain class attributes and parameters as annotated ones with a default;
+    they become validated keyword arguments:
+
+    >>> class Rollout(Component):
+    ...     name = "rollout"
+    ...     start_layer: int = 0
+    >>> Rollout(start_layer=1).spec
+    'rollout[start_layer=1]'
+    """
+
+    name: ClassVar[str] = ""
+    version: ClassVar[str] = "1"
+    reference: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pydantic.dataclasses.dataclass(kw_only=True, eq=False, repr=False, config=_CONFIG)(cls)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every parameter with its value."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
+
+    @property
+    def spec(self) -> str:
+        """``name[param=value,...]``, with the parameters that differ from their defaults."""
+        default = {f.name: f.default for f in fields(self) if f.default is not MISSING}  # type: ignore[arg-type]
+        changed = [f"{k}={v}" for k, v in self.params.items() if k not in default or v != default[k]]
+        return f"{self.name}[{','.join(changed)}]" if changed else self.name
+
+    def __repr__(self) -> str:
+        return self.spec
+
+    @classmethod
+    def source_hash(cls) -> str:
+        """SHA-256 of the source files of the class and its bases, up to `Component`; part of every cell's key."""
+        files = {inspect.getsourcefile(c) for c in cls.__mro__ if c not in (object, Component, Generic)}
+        digest = hashlib.sha256()
+        for file in sorted(f for f in files if f):
+            digest.update(Path(file).read_bytes())
+        return digest.hexdigest()[:16]
+
+
+T = TypeVar("T", bound=Component)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split ``name[param=value,...]`` into the name and its parameters; values are YAML scalars.
+
+    Raises
+    ------
+    RequestError
+        Where the brackets or a ``param=value`` are malformed.
+    """
+    match = _SPEC.fullmatch(spec.strip())
+    if not match:
+        raise RequestError(f"cannot read {spec!r}: write it as name[param=value,param=value].")
+    params = {}
+    for pair in filter(None, (match["params"] or "").split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise RequestError(f"cannot read {pair!r} in {spec!r}: write it as param=value.")
+        params[key.strip()] = yaml.safe_load(value)
+    return match["name"].strip(), params
+
+
+def split_specs(text: str) -> list[str]:
+    """Split a comma-separated list of specs, keeping the commas inside brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a Python file by path (a submission, or a component kept outside the package)."""
+    if not path.is_file():
+        raise RequestError(f"no such file: {path}.")
+    module_spec = importlib.util.spec_from_file_location(f"explainer_bench_file_{path.stem}", path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise RequestError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+    return module
+
+
+class Registry(Generic[T]):
+    """All components of one kind: a package's files, installed entry points, and any file by path.
+
+    Parameters
+    ----------
+    kind : str
+        The word for one of them in messages, such as "explainer".
+    base : type
+        The contract they fulfil.
+    package : str
+        The package whose modules are scanned; a new file there needs no registration.
+    """
+
+    def __init__(self, kind: str, base: Callable[..., T], package: str) -> None:
+        self.kind, self.base, self.package = kind, base, package
+
+    @cached_property
+    def classes(self) -> Mapping[str, type[T]]:
+        """Every component class by name, sorted."""
+        path = importlib.import_module(self.package).__path__
+        modules = [importlib.import_module(f"{self.package}.{m.name}") for m in pkgutil.iter_modules(path)]
+        found = [cls for module in modules for cls in self._in_module(module)]
+        found += [entry.load() for entry in importlib.metadata.entry_points(group=f"explainer_bench.{self.kind}")]
+        by_name: dict[str, type[T]] = {}
+        for cls in found:
+            if by_name.setdefault(cls.name, cls) is not cls:
+                raise RequestError(f"two {self.kind}s are named {cls.name!r}: {by_name[cls.name]} and {cls}.")
+        return dict(sorted(by_name.items()))
+
+    def _in_module(self, module: ModuleType) -> list[type[T]]:
+        classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, self.base)]  # type: ignore
+        return [c for c in classes if c.__module__ == module.__name__ and c.name]
+
+    def names(self) -> list[str]:
+        """Sorted names."""
+        return list(self.classes)
+
+    def find(self, name: str) -> type[T]:
+        """Return the class called `name`, or the one in ``FILE.py`` or ``FILE.py:Class``."""
+        file, _, class_name = name.partition(".py:") if ".py:" in name else (name, "", "")
+        if class_name or name.endswith(".py"):
+            return self._find_in_file(Path(file if file.endswith(".py") else file + ".py"), class_name)
+        if name not in self.classes:
+            raise RequestError(f"unknown {self.kind} {name!r}.{did_you_mean(name, self.names())}")
+        return self.classes[name]
+
+    def _find_in_file(self, path: Path, class_name: str) -> type[T]:
+        found = self._in_module(load_file(path))
+        if class_name:
+            found = [cls for cls in found if cls.__name__ == class_name]
+        if len(found) != 1:
+            names = ", ".join(cls.__name__ for cls in found) or "none"
+            raise RequestError(f"{path} holds {names} of kind {self.kind}: name one as {path}:Class.")
+        return found[0]
+
+    def get(self, spec: str, **params: Any) -> T:
+        """Build a component from ``name``, ``name[param=value,...]`` or ``FILE.py:Class``.
+
+        Raises
+        ------
+        RequestError
+            For an unknown name or parameter (with the nearest known one), or a value of the wrong type.
+        """
+        name, written = parse_spec(spec)
+        cls = self.find(name)
+        known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
+        for key in {**written, **params}:
+            if key not in known:
+                hint = did_you_mean(key, known) if known else " It takes no parameters."
+                raise RequestError(f"{self.kind} {name!r} has no parameter {key!r}.{hint}")
+        try:
+            return cls(**{**written, **params})
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RequestError(f"{self.kind} {name!r}, parameter {where!r}: {first['msg']}.") from error

@@ -1,0 +1,162 @@
+"""The contract of a metric: per-sample float64 scores, undefined ones NaN with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from explainer_bench import Component
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a metric may look at: N explained images of one model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Image classifier returning logits, in eval mode.
+    inputs : Tensor
+        (N, C, H, W) float, normalised as the model wants them, on the model's device.
+    targets : ndarray
+        (N,) int, the explained class.
+    maps : ndarray
+        (N, H, W) float64, the attribution maps at the input's resolution.
+    roi : ndarray
+        (N, H, W) bool; all False where the target has no region of interest.
+    logits : ndarray
+        (N, K) float64, the model's output on `inputs`.
+    seeds : ndarray
+        (N,) uint32, one per sample, whatever batch it comes in.
+    patch : tuple of int
+        Height and width in pixels of one feature of patch-wise metrics (the ViT's patch).
+    batch_size : int
+        Perturbed images per forward pass; changes memory and speed, never a score.
+    explain : callable, optional
+        ``explain(classes (N,) int) -> (N, H, W)``: the same explainer's maps of the same images for other classes.
+    shared : dict
+        Results that do not depend on the explainer, kept for all explainers of these images (see `once`).
+    whole, rows
+        Set by `take`: the samples that these are `rows` of.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    targets: np.ndarray
+    maps: np.ndarray
+    roi: np.ndarray
+    logits: np.ndarray
+    seeds: np.ndarray
+    patch: tuple[int, int]
+    batch_size: int = 16
+    explain: Callable[[np.ndarray], np.ndarray] | None = None
+    shared: dict[Hashable, np.ndarray] = field(default_factory=dict)
+    whole: Samples | None = None
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, rows: np.ndarray) -> Samples:
+        """Return the samples at `rows`; what is `shared` stays so."""
+        assert self.whole is None, "take from the whole"
+        explain = self.explain
+
+        def explain_rows(classes: np.ndarray) -> np.ndarray:
+            full = self.targets.copy()
+            full[rows] = classes
+            assert explain is not None
+            return explain(full)[rows]
+
+        arrays = {name: getattr(self, name)[rows] for name in ("targets", "maps", "roi", "logits", "seeds")}
+        inputs = self.inputs[torch.as_tensor(rows, device=self.inputs.device)]
+        return replace(self, inputs=inputs, explain=explain and explain_rows, whole=self, rows=rows, **arrays)
+
+    def once(self, key: Hashable, compute: Callable[[Samples], np.ndarray]) -> np.ndarray:
+        """Return ``compute(samples)``, one row per sample, computed once for all explainers of these images.
+
+        `key` names everything that the result depends on besides the images, targets and model.
+        """
+        whole = self.whole or self
+        if key not in whole.shared:
+            whole.shared[key] = compute(whole)
+        return whole.shared[key] if self.rows is None else whole.shared[key][self.rows]
+
+
+class Scores(NamedTuple):
+    """Per-sample values (N,) float64 and, for each NaN, the reason (else "")."""
+
+    values: np.ndarray
+    reasons: list[str]
+
+
+class Metric(Component):
+    """Base of all metrics.
+
+    A subclass states the constants below and implements `score`. The base class finds the samples for which
+    the metric is undefined, says why, and hands `score` only batches it can score.
+    """
+
+    group: ClassVar[str] = ""  # faithfulness, localization, compactness, class_sensitivity, randomization, robustness
+    higher_is_better: ClassVar[bool] = True
+    bounds: ClassVar[tuple[float, float]] = (-np.inf, np.inf)
+    chance: ClassVar[float | None] = None  # expected score of a random map, where it does not depend on the sample
+    sign_policy: ClassVar[str] = "signed"  # signed, positive or absolute: what `score` makes of negative attributions
+    needs_roi: ClassVar[bool] = False
+    undefined_on_constant: ClassVar[bool] = True
+    expensive: ClassVar[bool] = False  # needs forward passes of the model
+
+    def score(self, samples: Samples) -> np.ndarray:
+        """Return one float64 per sample, each independent of the other samples.
+
+        Parameters
+        ----------
+        samples : Samples
+            Only samples for which the metric is defined.
+        """
+        raise NotImplementedError
+
+    def other_classes(self, logits: np.ndarray, targets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """Return (N, M) int: the classes besides the target whose maps `score` asks of ``samples.explain``."""
+        return np.empty((len(targets), 0), dtype=int)
+
+    def chance_level(self, samples: Samples) -> np.ndarray:
+        """Return (N,) float64: the expected score of a random map on each sample; NaN where unknown."""
+        return np.full(len(samples), np.nan if self.chance is None else self.chance)
+
+    def undefined(self, samples: Samples) -> list[str]:
+        """Return for each sample why the metric is undefined on it, or ""."""
+        flat = samples.maps.reshape(len(samples), -1)
+        reasons = []
+        for values, roi in zip(flat, samples.roi, strict=True):
+            if not np.isfinite(values).all():
+                reasons.append("map is not finite")
+            elif self.needs_roi and not roi.any():
+                reasons.append("empty ROI")
+            elif self.undefined_on_constant and np.ptp(values) == 0:
+                reasons.append("constant map")
+            else:
+                reasons.append("")
+        return reasons
+
+    def __call__(self, samples: Samples) -> Scores:
+        """Score every sample.
+
+        Returns
+        -------
+        Scores
+            Values (N,) float64, NaN exactly where a reason is given.
+        """
+        reasons = self.undefined(samples)
+        values = np.full(len(samples), np.nan)
+        rows = np.flatnonzero([not reason for reason in reasons])
+        if len(rows):
+            values[rows] = self.score(samples.take(rows))
+        for row in rows[~np.isfinite(values[rows])]:
+            values[row], reasons[row] = np.nan, "not finite"
+        return Scores(values, reasons)
