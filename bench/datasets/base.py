@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from explainer_bench import Component
+from explainer_bench import Component, RequestError
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class Dataset(Component):
     where: ClassVar[str] = ""  # where to get it; "embedded" where nothing is needed
     tree: ClassVar[str] = ""  # the layout expected under the root
 
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+
     root: Path | None = None
-    split: str = "test"
+    split: Literal["train", "val", "test"] = "test"
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -82,3 +85,61 @@ class Dataset(Component):
         """SHA-256 over ids, labels, groups and contents, in 16 hex digits."""
         lines = [f"{s.id}\t{s.label}\t{s.group}\t{s.digest}" for s in self.samples]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+class Check(NamedTuple):
+    """What `check` found: counts per split and class, and one line for each sample that cannot be used."""
+
+    table: pd.DataFrame
+    errors: list[str]
+
+
+def check(dataset: Dataset) -> Check:
+    """Read every sample of every split and count.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Its ``split`` does not matter.
+
+    Returns
+    -------
+    Check
+        The table has the columns split, class, images, groups, with_roi (images where this class has a ROI),
+        roi_area (its mean share of the image, 0 to 1, NaN without ROI) and fingerprint (of the split).
+
+    Raises
+    ------
+    RequestError
+        Where the data set as a whole cannot be used: a wrong root, or files that no sample could be made of.
+    """
+    rows: list[dict[str, Any]] = []
+    errors: list[str] = []
+    for split in dataset.splits:
+        part = replace(dataset, split=split)
+        areas = {sample.id: _roi_areas(part, sample, errors) for sample in part.samples}
+        rows += [_count(part, label, areas) for label in range(len(part.class_names))]
+    return Check(pd.DataFrame(rows), errors)
+
+
+def _roi_areas(dataset: Dataset, sample: Sample, errors: list[str]) -> dict[int, float]:
+    """Share of the image that each class's ROI covers; appends to `errors` where the sample is unreadable."""
+    try:
+        return {label: float(mask.mean()) for label, mask in dataset.load(sample).roi.items()}
+    except RequestError as error:
+        errors.append(str(error))
+        return {}
+
+
+def _count(dataset: Dataset, label: int, areas: dict[str, dict[int, float]]) -> dict[str, Any]:
+    mine = [sample for sample in dataset.samples if sample.label == label]
+    covered = [areas[sample.id][label] for sample in mine if label in areas[sample.id]]
+    return {
+        "split": dataset.split,
+        "class": dataset.class_names[label],
+        "images": len(mine),
+        "groups": len({sample.group for sample in mine}),
+        "with_roi": len(covered),
+        "roi_area": float(np.mean(covered)) if covered else np.nan,
+        "fingerprint": dataset.fingerprint,
+    }

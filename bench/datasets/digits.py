@@ -1,0 +1,167 @@
+"""Handwritten digits among clutter: a small, real localization task that needs no download."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache, cached_property
+from typing import Annotated, ClassVar, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pydantic import Field
+from sklearn.datasets import load_digits
+
+from bench.datasets.base import Dataset, Item, Sample
+
+CANVAS = 64
+CELL = 21  # three by three cells; one digit or one decoy in each at most
+INK = 64  # of 255: fainter ink does not widen the ROI
+
+_SPLIT_OF_TENTH = ("train",) * 7 + ("val",) + ("test",) * 2
+
+
+class Palette(NamedTuple):
+    """Colours of one image: what lies in front is brighter than the background, or darker, throughout."""
+
+    background: tuple[int, int]
+    ink: tuple[int, int]
+
+    def colour(self, rng: np.random.Generator) -> tuple[int, int, int]:
+        """Draw one RGB colour for a digit, a decoy or a stroke: all come from the same range."""
+        red, green, blue = rng.integers(*self.ink, 3).tolist()
+        return red, green, blue
+
+
+DARK = Palette((20, 90), (120, 256))
+LIGHT = Palette((165, 235), (0, 136))
+
+
+@cache
+def originals() -> dict[str, list[np.ndarray]]:
+    """Return for each split and digit the original digits, (n, 8, 8) uint8.
+
+    A digit's split follows from the hash of its pixels, so the splits are disjoint, equal digits stay
+    together, and nothing depends on the order of the file. About 70, 10 and 20 % go to train, val and test.
+    """
+    bunch = load_digits()
+    pixels = (bunch.images * 255 // 16).astype(np.uint8)
+    tenths = np.array([int(hashlib.sha256(digit.tobytes()).hexdigest(), 16) % 10 for digit in pixels])
+    split = np.array(_SPLIT_OF_TENTH)[tenths]
+    return {s: [pixels[(split == s) & (bunch.target == d)] for d in range(10)] for s in set(_SPLIT_OF_TENTH)}
+
+
+class Digits(Dataset):
+    """Two to four handwritten digits of distinct classes per 64 x 64 RGB image, one ROI for each.
+
+    The digits are scikit-learn's `load_digits` (8 x 8), enlarged to 16 to 20 px, in random colours at random
+    cells of a 3 x 3 grid with jitter. Decoys stand in some of the other cells: digits whose 2 x 2 blocks are
+    shuffled, of the same size, colours and contrast. Strokes and noise fill the background, so neither
+    intensity nor edges nor the image's centre tells where the digits are.
+
+    A ROI is the filled bounding box of a digit's ink. A sample's label is one of the classes present:
+    image ``i`` certainly shows ``i % 10``, its label; the other classes are drawn at random. Only integers
+    are drawn and computed, each image from its own seed, so that the same image comes out everywhere.
+
+    Parameters
+    ----------
+    split : {"train", "val", "test"}
+        The three show different originals.
+    size : int
+        Number of images; the first n of a larger set are the set of size n.
+    seed : int
+        Another seed, another set of images of the same originals.
+    """
+
+    name = "digits"
+    version = "1"
+    class_names = tuple("0123456789")
+    licence: ClassVar[str] = "CC BY 4.0 (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998)"
+    where: ClassVar[str] = "embedded"
+    reference = "https://doi.org/10.24432/C50P49"
+
+    size: Annotated[int, Field(gt=0, le=1_000_000)] = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """The images in order of their index."""
+        return [self._sample(index) for index in range(self.size)]
+
+    def load(self, sample: Sample) -> Item:
+        """Draw the image and its ROIs."""
+        return self.draw(sample.source)
+
+    def draw(self, index: int) -> Item:
+        """Draw image `index`; what `load` does, without a sample."""
+        seed = [self.seed, self.splits.index(self.split), index]
+        return _draw(np.random.Generator(np.random.PCG64(seed)), index % 10, originals()[self.split])
+
+    def _sample(self, index: int) -> Sample:
+        image, roi = self.draw(index)
+        digest = hashlib.sha256(image.tobytes())
+        for label, mask in sorted(roi.items()):
+            digest.update(bytes([label]) + np.packbits(mask).tobytes())
+        name = f"{self.split}/{index:06d}"
+        return Sample(name, index % 10, group=name, digest=digest.hexdigest(), source=index)
+
+
+def _draw(rng: np.random.Generator, label: int, pool: list[np.ndarray]) -> Item:
+    """Draw one image that shows `label`, from the original digits in `pool`."""
+    others = [int(d) for d in _shuffled(rng, 10) if d != label]
+    classes = [label, *others[: rng.integers(1, 4)]]
+    decoys = others[: rng.integers(1, 4)]
+    cells = _shuffled(rng, 9).tolist()
+    palette = (DARK, LIGHT)[rng.integers(2)]
+    canvas = _background(rng, palette)
+    for digit in decoys:
+        _paste(rng, canvas, _scrambled(rng, _pick(rng, pool[digit])), cells.pop(), palette)
+    roi = {d: _paste(rng, canvas, _pick(rng, pool[d]), cells.pop(), palette) for d in classes}
+    noise = rng.integers(-14, 15, (CANVAS, CANVAS, 3))
+    image = np.clip(np.asarray(canvas).astype(np.int64) + noise, 0, 255).astype(np.uint8)
+    return Item(image, dict(sorted(roi.items())))
+
+
+def _shuffled(rng: np.random.Generator, n: int) -> np.ndarray:
+    """A permutation made of plain integers, whose stream is stable over NumPy versions."""
+    return np.argsort(rng.integers(0, 2**32, n), kind="stable")
+
+
+def _pick(rng: np.random.Generator, digits: np.ndarray) -> np.ndarray:
+    return digits[rng.integers(len(digits))]
+
+
+def _scrambled(rng: np.random.Generator, digit: np.ndarray) -> np.ndarray:
+    """Shuffle the sixteen 2 x 2 blocks of a digit (8, 8): the same ink, no digit."""
+    blocks = digit.reshape(4, 2, 4, 2).swapaxes(1, 2).reshape(16, 2, 2)[_shuffled(rng, 16)]
+    return blocks.reshape(4, 4, 2, 2).swapaxes(1, 2).reshape(8, 8)
+
+
+def _background(rng: np.random.Generator, palette: Palette) -> Image.Image:
+    """Smooth colour clouds with a few straight and curved strokes."""
+    clouds = rng.integers(*palette.background, (5, 5, 3)).astype(np.uint8)
+    canvas = Image.fromarray(clouds).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(rng.integers(3, 7)):
+        x0, x1, y0, y1 = *sorted(rng.integers(-8, CANVAS + 8, 2).tolist()), *rng.integers(0, CANVAS, 2).tolist()
+        colour, width = palette.colour(rng), int(rng.integers(1, 3))
+        if rng.integers(2):
+            pen.line((x0, y0, x1, y1), colour, width)
+        else:
+            start = int(rng.integers(360))
+            pen.arc((x0, min(y0, y1), x1, max(y0, y1)), start, start + 150, colour, width)
+    return canvas
+
+
+def _paste(
+    rng: np.random.Generator, canvas: Image.Image, digit: np.ndarray, cell: int, palette: Palette
+) -> np.ndarray:
+    """Ink a digit (8, 8) into a cell of the canvas; return the filled bounding box of its ink (H, W) bool."""
+    size = int(rng.integers(16, 21))
+    row, column = divmod(cell, 3)
+    left, top = (np.array([column, row]) * CELL + rng.integers(0, CELL + 1 - size, 2) + rng.integers(2)).tolist()
+    ink = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
+    canvas.paste(palette.colour(rng), (left, top), ink)
+    rows, columns = np.nonzero(np.asarray(ink) >= INK)
+    mask = np.zeros((CANVAS, CANVAS), bool)
+    mask[top + rows.min() : top + rows.max() + 1, left + columns.min() : left + columns.max() + 1] = True
+    return mask
