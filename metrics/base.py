@@ -110,6 +110,7 @@ class Metric(Component):
     needs_roi: ClassVar[bool] = False
     undefined_on_constant: ClassVar[bool] = True
     expensive: ClassVar[bool] = False  # needs forward passes of the model
+    undefined_reason: ClassVar[str] = "not finite"  # what it means where `score` gives NaN
 
     def score(self, samples: Samples) -> np.ndarray:
         """Return one float64 per sample, each independent of the other samples.
@@ -156,7 +157,21 @@ class Metric(Component):
         values = np.full(len(samples), np.nan)
         rows = np.flatnonzero([not reason for reason in reasons])
         if len(rows):
-            values[rows] = self.score(samples.take(rows))
+            values[rows] = self.score(samples if len(rows) == len(samples) else samples.take(rows))
         for row in rows[~np.isfinite(values[rows])]:
-            values[row], reasons[row] = np.nan, "not finite"
+            values[row], reasons[row] = np.nan, self.undefined_reason
         return Scores(values, reasons)
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return (N,) float64: Pearson's correlation of each row of `a` (N, M) with that of `b`; NaN where one is constant.
+
+    A row whose spread is within the rounding of its values counts as constant.
+    """
+    correlation = np.full(len(a), np.nan)
+    for row, pair in enumerate(zip(a, b, strict=True)):
+        centred = [values - values.mean() for values in pair]
+        norms = [np.linalg.norm(values) for values in centred]
+        if all(norm > 1e-13 * np.linalg.norm(values) for norm, values in zip(norms, pair, strict=True)):
+            correlation[row] = np.clip(centred[0] / norms[0] @ (centred[1] / norms[1]), -1, 1)
+    return correlation
