@@ -1,0 +1,117 @@
+"""The rows of one data set x model: means, intervals, ranks, gaps and the trivial rows beaten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from leaderboards import statistics
+
+
+@dataclass(frozen=True)
+class _Cube:
+    """The scores of one data set x model: (S, E, M) arrays, all axes sorted."""
+
+    values: np.ndarray  # NaN where undefined or not scored
+    scored: np.ndarray  # bool: a finished cell holds this sample
+    chance: np.ndarray
+    clusters: np.ndarray  # (S,) int
+
+
+def _cube(scores: pd.DataFrame, metrics: list[str], explainers: list[str]) -> _Cube:
+    sample, names = pd.factorize(scores["sample"].astype(str), sort=True)
+    shape = (len(names), len(explainers), len(metrics))
+    at = (
+        sample,
+        pd.Index(explainers).get_indexer(pd.Index(scores["explainer"])),
+        pd.Index(metrics).get_indexer(pd.Index(scores["metric"])),
+    )
+    values, chance, scored = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+    values[at], chance[at], scored[at] = scores["value"], scores["chance"], True
+    values[np.isinf(values)] = np.nan
+    clusters = np.zeros(len(names), dtype=int)
+    clusters[sample] = pd.factorize(scores["group"].astype(str), sort=True)[0]
+    return _Cube(values, scored, chance, clusters)
+
+
+def build_model(
+    scores: pd.DataFrame, metrics: pd.DataFrame, explainers: pd.DataFrame, n_boot: int, rng: np.random.Generator
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the wide and the long rows of one data set x model, not yet in their final order."""
+    rows, names = explainers.set_index("explainer"), metrics["metric"].to_numpy()
+    cube = _cube(scores, names.tolist(), rows.index.tolist())
+    rows = _with_gaps(rows, cube, scores, names)
+    complete = (rows["status"] == "ok").to_numpy()
+    sign = np.where(metrics["higher_is_better"], -1.0, 1.0)  # as costs, lower is better everywhere
+    replicates = statistics.bootstrap_means(cube.values, cube.clusters, n_boot, rng)
+    ranks = statistics.rank(statistics.mean(cube.values) * sign, complete)
+    resampled_ranks = statistics.rank(replicates * sign, complete)
+    arrays = _per_metric(cube, replicates, sign, ranks, resampled_ranks)
+    for position, name in enumerate(names):
+        for column, key in ((name, "mean"), (f"{name}_ci_low", "ci_low"), (f"{name}_ci_high", "ci_high")):
+            rows[column] = arrays[key][:, position]
+    rows = rows.join(_overall(rows.index, complete, metrics["group"], ranks, resampled_ranks))
+    rows["beats_baselines"] = _beaten(cube, sign, metrics["group"], complete, rows["trivial"])
+    axes = pd.MultiIndex.from_product([rows.index, names], names=["explainer", "metric"])
+    long = pd.DataFrame({key: array.ravel() for key, array in arrays.items()}, index=axes).reset_index()
+    columns = ["dataset", "model", "explainer_version", "params", "seconds_per_image", "status", "info"]
+    return rows.reset_index(), long.merge(rows[columns], left_on="explainer", right_index=True)
+
+
+def _with_gaps(rows: pd.DataFrame, cube: _Cube, scores: pd.DataFrame, metrics: np.ndarray) -> pd.DataFrame:
+    """Mark the explainers that lack scores which others have, and say which and why."""
+    defined, scored = np.isfinite(cube.values).sum(axis=0), cube.scored.sum(axis=0)
+    lacks = (scored < scored.max(axis=0)) | ((defined == 0) & (defined.max(axis=0) > 0))
+    rows = rows.assign(n_samples=cube.scored.any(axis=2).sum(axis=0), info=rows["info"].fillna("").astype(str))
+    gaps = lacks.any(axis=1) | (rows["n_failed"] > 0).to_numpy()
+    rows["status"] = rows["status"].mask((rows["status"] == "ok") & gaps, "incomplete")
+    for explainer, row in zip(rows.index, lacks, strict=True):
+        if row.any():
+            ours = scores[(scores["explainer"] == explainer) & scores["metric"].isin(metrics[row])]
+            reasons = ", ".join(sorted(set(ours.loc[ours["value"].isna(), "reason"].astype(str)) - {""}))
+            gap = f"lacks {', '.join(metrics[row])}" + (f" ({reasons})" if reasons else "")
+            rows.loc[explainer, "info"] = "; ".join(filter(None, [rows.loc[explainer, "info"], gap]))
+    return rows
+
+
+def _per_metric(
+    cube: _Cube, replicates: np.ndarray, sign: np.ndarray, ranks: np.ndarray, resampled_ranks: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the metric columns of the long table, each (E, M)."""
+    scored, mean = cube.scored.sum(axis=0), statistics.mean(cube.values)
+    n = np.isfinite(cube.values).sum(axis=0)
+    squares = np.nansum((cube.values - mean) ** 2, axis=0)
+    table = {"n": n, "n_failed": scored.max(axis=0) - scored, "mean": mean}
+    table["std"] = np.sqrt(np.divide(squares, n - 1, out=np.full(n.shape, np.nan), where=n > 1))
+    table["ci_low"], table["ci_high"] = statistics.interval(replicates)
+    table |= {"chance": statistics.mean(cube.chance), "rank": ranks}
+    table["rank_low"], table["rank_high"] = statistics.rank_interval(ranks, resampled_ranks)
+    tied = [statistics.tie_groups((mean * sign)[:, m], (replicates * sign)[:, :, m]) for m in range(len(sign))]
+    return table | {"tie_group": np.stack(tied, axis=1)}
+
+
+def _overall(
+    explainers: pd.Index, complete: np.ndarray, groups: pd.Series, ranks: np.ndarray, resampled_ranks: np.ndarray
+) -> pd.DataFrame:
+    """Return rank, interval, tie group and group ranks of every explainer; no overall rank for an incomplete one."""
+    used = np.isfinite(ranks).any(axis=0)
+    if not used.any():
+        return pd.DataFrame(index=explainers)
+    codes, names = pd.factorize(groups.to_numpy()[used])
+    by_group, mean_rank = statistics.mean_ranks(ranks[:, used], codes)
+    _, resampled = statistics.mean_ranks(resampled_ranks[..., used], codes)
+    mean_rank, resampled = np.where(complete, mean_rank, np.nan), np.where(complete, resampled, np.nan)
+    table = {"mean_rank": mean_rank, "rank": statistics.min_rank(mean_rank)}
+    table["rank_low"], table["rank_high"] = statistics.rank_interval(table["rank"], statistics.min_rank(resampled))
+    table["tie_group"] = statistics.tie_groups(mean_rank, resampled)
+    table |= {f"{name}_rank": by_group[:, k] for k, name in enumerate(names)}
+    return pd.DataFrame(table, index=explainers)
+
+
+def _beaten(cube: _Cube, sign: np.ndarray, groups: pd.Series, complete: np.ndarray, trivial: pd.Series) -> list[str]:
+    """Return for every explainer the trivial rows it beats, joined by semicolons; none for an incomplete one."""
+    codes, baselines = pd.factorize(groups)[0], trivial.to_numpy(bool)
+    wins = statistics.beats(cube.values * sign, codes, cube.clusters, complete, baselines)
+    return [";".join(trivial.index[row]) for row in wins]

@@ -1,0 +1,174 @@
+"""One self-contained web page: sortable boards with their uncertainty, and a grid of pictures."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from leaderboards import figures
+from leaderboards.board import RUN_COLUMNS, Boards, csv_name, write_text
+
+GROUPS = {
+    "faithfulness": "does the map name what the model used? Perturbing what it marks must change the output.",
+    "localization": "does the map lie on the region of interest? A model may be right for another reason.",
+    "compactness": "is the evidence concentrated in few places? A map can be compact and wrong.",
+    "class_sensitivity": "does the map change with the class it explains? A class-blind map cannot explain one.",
+    "robustness": "does the map stay when the input changes imperceptibly?",
+    "randomization": "does the map change when the model's weights are destroyed?",
+}
+
+
+@cache
+def _library() -> str:
+    """DataTables as bundled by itables, its licences included: gzip, base64."""
+    source = resources.files("itables").joinpath("html/dt_bundle.js").read_bytes()
+    return base64.b64encode(gzip.compress(source, 9, mtime=0)).decode()
+
+
+def _text(value: Any, digits: int = 3) -> str:
+    """Write a number for people: three significant digits, no exponent where it is avoidable."""
+    if pd.isna(value):
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        decimals = digits - 1 - int(np.floor(np.log10(abs(value)))) if value else digits - 1
+        return f"{value:.{min(max(decimals, 0), digits)}f}"
+    return f"{value:.1e}"
+
+
+def _bar(low: Any, high: Any, value: Any, floor: float, ceiling: float) -> dict[str, str] | None:
+    """Place an interval and its centre on a bar from `floor` to `ceiling`, in percent."""
+    if pd.isna(low) or pd.isna(high) or ceiling <= floor:
+        return None
+    left, right, mark = (100 * (float(v) - floor) / (ceiling - floor) for v in (low, high, value))
+    return {"left": f"{left:.1f}", "width": f"{max(right - left, 1):.1f}", "mark": f"{mark:.1f}"}
+
+
+def _metric_cells(board: pd.DataFrame, long: pd.DataFrame, metric: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one cell per row of the board, with its interval on the scale that the column shares."""
+    name = metric["metric"]
+    facts = long[long["metric"] == name].set_index("explainer")
+    low, high = board[f"{name}_ci_low"], board[f"{name}_ci_high"]
+    worst = "-1e300" if metric["higher_is_better"] else "1e300"
+    cells = []
+    for explainer, value, start, end in zip(board["explainer"], board[name], low, high, strict=True):
+        fact = facts.loc[explainer]
+        title = f"{name} of {explainer}: "
+        if pd.isna(value):
+            title += "undefined or not scored"
+        else:
+            title += f"mean {_text(value, 4)}, 95 % interval {_text(start, 4)} to {_text(end, 4)}, n = {fact['n']}, "
+            title += f"rank {fact['rank']:g} ({fact['rank_low']:g} to {fact['rank_high']:g})"
+        bar = _bar(start, end, value, low.min(), high.max())
+        sort = worst if pd.isna(value) else repr(float(value))
+        top = not pd.isna(value) and fact["tie_group"] == 1
+        cells.append({"text": _text(value), "sort": sort, "title": title, "bar": bar, "top": top})
+    return cells
+
+
+def _beats(row: pd.Series, trivial: list[str]) -> dict[str, Any]:
+    """Say which trivial rows a row beats, out of those it could."""
+    names = [name for name in str(row["beats_baselines"]).split(";") if name]
+    rivals = [name for name in trivial if name != row["explainer"]]
+    return {"names": names, "rivals": len(rivals), "not": [name for name in rivals if name not in names]}
+
+
+def _rows(board: pd.DataFrame, long: pd.DataFrame, boards: Boards) -> list[dict[str, Any]]:
+    trivial = sorted(name for name in board.loc[board["n_samples"] > 0, "explainer"] if name in boards.trivial)
+    metrics = boards.metrics.to_dict("records")
+    columns = [_metric_cells(board, long, metric) for metric in metrics]
+    ranks = [column for column in board if str(column).endswith("_rank") and column != "mean_rank"]
+    last = board["rank"].max()
+    rows = []
+    for position, (_, row) in enumerate(board.iterrows()):
+        ranked = not pd.isna(row["rank"])
+        bar = _bar(row["rank_low"], row["rank_high"], row["rank"], 1, last) if ranked else None
+        view = {"row": row, "ranked": ranked, "trivial": row["explainer"] in boards.trivial, "position": position}
+        view |= {"bar": bar, "beats": _beats(row, trivial), "cells": [column[position] for column in columns]}
+        view |= {"groups": [row[name] for name in ranks], "seconds": _text(row["seconds_per_image"], 2)}
+        rows.append(view)
+    return rows
+
+
+def _picture(picture: Mapping[str, Any], order: list[str]) -> dict[str, Any]:
+    """Render one sample: the image, the region of interest, and the maps in the order of the board."""
+    pixels, roi = picture["image"], picture["roi"]
+    thumbnail = figures.image(pixels)
+    tiles = [{"name": "image", "uri": figures.data_uri(thumbnail), "kind": "given"}]
+    if roi is not None and roi.any():
+        tiles.append({"name": "region of interest", "uri": figures.data_uri(figures.outline(thumbnail, roi))})
+        tiles[-1]["kind"] = "given"
+    for name in sorted(picture["maps"], key=lambda name: (order.index(name) if name in order else len(order), name)):
+        signed = bool(picture["signed"].get(name, False))
+        drawn = figures.heat_map(pixels, np.asarray(picture["maps"][name]), signed)
+        uri = "" if drawn is None else figures.data_uri(figures.outline(drawn, roi))
+        tiles.append({"name": name, "uri": uri, "kind": "signed" if signed else "unsigned"})
+    return {"title": picture["title"], "sample": picture["sample"], "tiles": tiles}
+
+
+def _sections(boards: Boards, pictures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one section per data set x model."""
+    sections = []
+    for dataset, wide in boards.wide.items():
+        for model in sorted(wide["model"].unique()):
+            board = wide[wide["model"] == model]
+            long = boards.long[dataset][boards.long[dataset]["model"] == model]
+            shown = [p for p in pictures if (p["dataset"], p["model"]) == (dataset, model)]
+            section = {"dataset": dataset, "model": model, "rows": _rows(board, long, boards), "id": len(sections)}
+            section |= {"pictures": [_picture(picture, board["explainer"].tolist()) for picture in shown]}
+            section |= {"facts": long.iloc[0], "samples": board["n_samples"].max(), "csv": csv_name(dataset, "csv")}
+            section |= {"long_csv": csv_name(dataset, "long.csv")}
+            section |= {"groups": [c[:-5] for c in board if str(c).endswith("_rank") and c != "mean_rank"]}
+            sections.append(section)
+    return sections
+
+
+def _metric_groups(metrics: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the metrics by group, in the order of the columns."""
+    metrics = metrics if "description" in metrics else metrics.assign(description="")
+    groups = metrics.groupby("group", sort=False)
+    return [{"name": n, "meaning": GROUPS[str(n)], "metrics": rows.to_dict("records")} for n, rows in groups]
+
+
+def write(boards: Boards, pictures: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+    """Write ``index.html``, which needs nothing besides itself, and return its path.
+
+    Parameters
+    ----------
+    boards : Boards
+        What `leaderboards.build` returned.
+    pictures : sequence of mapping
+        One per sample to show: ``dataset, model, sample, title, image`` (H, W, 3) uint8, ``roi`` (H, W) bool or None,
+        ``maps`` {explainer: (H, W) float}, ``signed`` {explainer: bool}.
+    folder : Path
+        Where to write; created if need be.
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["breakable"] = lambda name: Markup("<wbr>").join(_parts(name))
+    environment.filters["number"] = _text
+    html = environment.get_template("index.html.j2").render(
+        sections=_sections(boards, pictures),
+        metric_groups=_metric_groups(boards.metrics),
+        run_columns=RUN_COLUMNS,
+        library=_library(),
+        gradients={"signed": figures.gradient(True), "unsigned": figures.gradient(False)},
+    )
+    return write_text(Path(folder) / "index.html", html)
+
+
+def _parts(name: str) -> list[str]:
+    """Split a name where a line may break: after each underscore."""
+    *heads, tail = name.split("_")
+    return [*(f"{head}_" for head in heads), tail]
