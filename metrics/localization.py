@@ -95,8 +95,9 @@ def rank_accuracy(attribution: np.ndarray, roi: np.ndarray) -> float:
 class BoundingBoxIoU(Metric):
     """IoU of the ROI with the bounding box of the map's top pixels.
 
-    Top are the pixels not below the k-th largest value, counted from 0, with ``k = int(H W percent / 100)``; one box
-    bounds all of them together, however scattered.
+    Top are the pixels not below the k-th largest value, counted from 0, with ``k = int(H W (percent / 100))``; one box
+    bounds all of them together, however scattered. On maps scaled to [0, 1] this is the authors' code; on others
+    theirs gives 0 wherever the threshold exceeds 1, because it overwrites the map while comparing with it.
 
     Parameters
     ----------
@@ -133,7 +134,7 @@ class IoUTop10(BoundingBoxIoU):
 
 def box_iou(attribution: np.ndarray, roi: np.ndarray, percent: float) -> float:
     """Return the IoU of `roi` (H, W) bool with the box around the top `percent` of `attribution` (H, W)."""
-    k = int(attribution.size * percent / 100)
+    k = int(attribution.size * (percent / 100))
     threshold = np.partition(attribution, -1 - k, axis=None)[-1 - k]
     rows, columns = np.nonzero(attribution >= threshold)
     box = np.zeros(attribution.shape, dtype=bool)

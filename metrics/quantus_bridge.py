@@ -144,7 +144,7 @@ def evaluate(
     with isolated(int(samples.seeds[row]), device):
         result = metric(
             model=model,
-            x_batch=np.array(samples.inputs[row : row + 1].detach().float().cpu()),
+            x_batch=samples.inputs[row : row + 1].detach().float().cpu().numpy().copy(),
             y_batch=np.array(samples.targets[row : row + 1]),
             a_batch=np.array(samples.maps[row])[None, None],
             s_batch=np.array(samples.roi[row])[None, None],

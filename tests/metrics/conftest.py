@@ -1,0 +1,91 @@
+"""Small models and samples for the tests of metrics."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metrics import Samples
+
+CLASSES, SIDE, PATCH = 4, 16, 4
+
+
+class HookedAttention(nn.Module):
+    """Attention over patches that needs gradients in its forward pass, as implementations of LRP do."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, PATCH, PATCH)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, classes)
+        self.attention: Tensor | None = None
+        self.history: list[Tensor] = []
+
+    def keep(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        tokens = self.embed(inputs).flatten(2).transpose(1, 2)
+        query, key, value = self.qkv(tokens).chunk(3, dim=-1)
+        attention = (query @ key.transpose(1, 2)).softmax(-1)
+        attention.register_hook(self.keep)
+        self.attention, self.history = attention, [attention]
+        return self.head((tokens + attention @ value).mean(1))
+
+
+@pytest.fixture
+def hooked() -> nn.Module:
+    torch.manual_seed(0)
+    return HookedAttention().eval()
+
+
+@pytest.fixture
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, 2), nn.GELU(), nn.Conv2d(8, 8, 3, 2), nn.GELU(), nn.Flatten(), nn.LazyLinear(CLASSES)
+    model = nn.Sequential(*layers)
+    model(torch.zeros(1, 3, SIDE, SIDE))
+    return model.eval()
+
+
+def class_maps(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Signed token maps (N, K, H, W) for every class."""
+    tokens = rng.standard_normal((n, CLASSES, SIDE // PATCH, SIDE // PATCH))
+    return tokens.repeat(PATCH, 2).repeat(PATCH, 3) + 0.05 * rng.standard_normal((n, CLASSES, SIDE, SIDE))
+
+
+@pytest.fixture
+def make_samples(classifier: nn.Module) -> Callable[..., Samples]:
+    """Samples of a small RGB classifier; keyword arguments replace their fields."""
+
+    def make(n: int = 5, **changes: object) -> Samples:
+        rng = np.random.default_rng(1)
+        inputs = torch.as_tensor(rng.standard_normal((n, 3, SIDE, SIDE)), dtype=torch.float32)
+        maps = class_maps(rng, n)
+        targets = rng.integers(CLASSES, size=n)
+        roi = np.zeros((n, SIDE, SIDE), dtype=bool)
+        roi[:, 3:11, 5:14] = True
+        with torch.no_grad():
+            logits = classifier(inputs).double().numpy()
+        samples = Samples(
+            model=classifier,
+            inputs=inputs,
+            targets=targets,
+            maps=maps[np.arange(n), targets],
+            roi=roi,
+            logits=logits,
+            seeds=rng.integers(2**32, size=n).astype(np.uint32),
+            patch=(PATCH, PATCH),
+            explain=lambda classes: maps[np.arange(n), classes],
+        )
+        return replace(samples, **changes)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def subset() -> Callable[[Samples, list[int]], Samples]:
+    """The samples at some rows as if they had come alone: nothing shared with the others."""
+    return lambda samples, rows: replace(samples.take(np.array(rows)), whole=None, rows=None, shared={})
