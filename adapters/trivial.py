@@ -1,0 +1,99 @@
+"""Trivial rows: maps that know nothing of the model. An explainer that does not beat them has shown nothing."""
+
+from __future__ import annotations
+
+import torch
+from skimage.filters import sobel
+from torch import Tensor, nn
+
+from adapters import vit
+from adapters.base import Explainer
+
+
+class _Trivial(Explainer):
+    family = "trivial"
+    trivial = True
+    class_discriminative = False
+
+
+class Random(_Trivial):
+    """Independent uniform noise per pixel, drawn per image."""
+
+    name = "random"
+    stochastic = True
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W) in [0, 1)."""
+        return torch.rand(len(inputs), *inputs.shape[-2:])
+
+
+class RandomToken(_Trivial):
+    """Independent uniform noise per patch token, drawn per image; on 16 x 16 pixels for a model without tokens."""
+
+    name = "random_token"
+    stochastic = True
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, h, w) in [0, 1)."""
+        has_tokens = vit.unsupported(model) is None
+        grid = vit.token_grid(model, inputs) if has_tokens else tuple(-(-side // 16) for side in inputs.shape[-2:])
+        return torch.rand(len(inputs), *grid)
+
+
+class CenterGaussian(_Trivial):
+    """A Gaussian at the image's centre, with a standard deviation of a quarter of each side."""
+
+    name = "center_gaussian"
+    reference = "the Center baseline of Zhang et al., Top-down neural attention by excitation backprop, IJCV 2018"
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W) in (0, 1]."""
+        profiles = []
+        for side in inputs.shape[-2:]:
+            position = (torch.arange(side) - (side - 1) / 2) / (side / 4)
+            profiles.append(torch.exp(-(position**2) / 2))
+        return torch.outer(*profiles).expand(len(inputs), -1, -1)
+
+
+class Sobel(_Trivial):
+    """Edge strength of the image's channel mean."""
+
+    name = "sobel"
+    reference = "Adebayo et al., Sanity checks for saliency maps, NeurIPS 2018 (edge detector)"
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W), at least 0."""
+        grey = inputs.detach().mean(1).double().cpu().numpy()
+        return torch.stack([torch.from_numpy(sobel(image)) for image in grey])
+
+
+class Intensity(_Trivial):
+    """The image itself: the mean of its channels above its darkest pixel."""
+
+    name = "intensity"
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W), at least 0."""
+        grey = inputs.mean(1)
+        return grey - grey.amin((1, 2), keepdim=True)
+
+
+class Constant(_Trivial):
+    """The same value everywhere."""
+
+    name = "constant"
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W) ones."""
+        return torch.ones_like(inputs[:, 0])
+
+
+class ROIPrior(_Trivial):
+    """Where the ROIs of the other images lie: their leave-one-out mean mask, given by the caller as `roi_prior`."""
+
+    name = "roi_prior"
+    needs = ("roi_prior",)
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W) in [0, 1]."""
+        return context["roi_prior"]
