@@ -68,7 +68,7 @@ def _with_gaps(rows: pd.DataFrame, cube: _Cube, scores: pd.DataFrame, metrics: n
     gaps = lacks.any(axis=1) | (rows["n_failed"] > 0).to_numpy()
     rows["status"] = rows["status"].mask((rows["status"] == "ok") & gaps, "incomplete")
     for explainer, row in zip(rows.index, lacks, strict=True):
-        if row.any():
+        if row.any() and not row.all():
             ours = scores[(scores["explainer"] == explainer) & scores["metric"].isin(metrics[row])]
             reasons = ", ".join(sorted(set(ours.loc[ours["value"].isna(), "reason"].astype(str)) - {""}))
             gap = f"lacks {', '.join(metrics[row])}" + (f" ({reasons})" if reasons else "")

@@ -19,12 +19,12 @@ from leaderboards import figures
 from leaderboards.board import RUN_COLUMNS, Boards, csv_name, write_text
 
 GROUPS = {
-    "faithfulness": "does the map name what the model used? Perturbing what it marks must change the output.",
-    "localization": "does the map lie on the region of interest? A model may be right for another reason.",
-    "compactness": "is the evidence concentrated in few places? A map can be compact and wrong.",
-    "class_sensitivity": "does the map change with the class it explains? A class-blind map cannot explain one.",
-    "robustness": "does the map stay when the input changes imperceptibly?",
-    "randomization": "does the map change when the model's weights are destroyed?",
+    "faithfulness": "Does the map name what the model used? Perturbing what it marks must change the output.",
+    "localization": "Does the map lie on the region of interest? A model may be right for another reason.",
+    "compactness": "Is the evidence concentrated in few places? A map can be compact and wrong.",
+    "class_sensitivity": "Does the map change with the class it explains? A class-blind map cannot explain one.",
+    "robustness": "Does the map stay when the input changes imperceptibly?",
+    "randomization": "Does the map change when the model's weights are destroyed?",
 }
 
 
@@ -99,20 +99,20 @@ def _rows(board: pd.DataFrame, long: pd.DataFrame, boards: Boards) -> list[dict[
     return rows
 
 
-def _picture(picture: Mapping[str, Any], order: list[str]) -> dict[str, Any]:
+def _tiles(picture: Mapping[str, Any], order: list[str], trivial: frozenset[str]) -> list[dict[str, Any]]:
     """Render one sample: the image, the region of interest, and the maps in the order of the board."""
     pixels, roi = picture["image"], picture["roi"]
     thumbnail = figures.image(pixels)
-    tiles = [{"name": "image", "uri": figures.data_uri(thumbnail), "kind": "given"}]
+    tiles = [{"name": "image", "thumbnail": thumbnail, "kind": "given"}]
     if roi is not None and roi.any():
-        tiles.append({"name": "region of interest", "uri": figures.data_uri(figures.outline(thumbnail, roi))})
-        tiles[-1]["kind"] = "given"
+        tiles.append({"name": "region of interest", "thumbnail": figures.outline(thumbnail, roi), "kind": "given"})
     for name in sorted(picture["maps"], key=lambda name: (order.index(name) if name in order else len(order), name)):
         signed = bool(picture["signed"].get(name, False))
         drawn = figures.heat_map(pixels, np.asarray(picture["maps"][name]), signed)
-        uri = "" if drawn is None else figures.data_uri(figures.outline(drawn, roi))
-        tiles.append({"name": name, "uri": uri, "kind": "signed" if signed else "unsigned"})
-    return {"title": picture["title"], "sample": picture["sample"], "tiles": tiles}
+        drawn = None if drawn is None else figures.outline(drawn, roi)
+        tiles.append({"name": name, "thumbnail": drawn, "kind": "signed" if signed else "unsigned"})
+    uris = ["" if tile["thumbnail"] is None else figures.data_uri(tile["thumbnail"]) for tile in tiles]
+    return [tile | {"uri": uri, "trivial": tile["name"] in trivial} for tile, uri in zip(tiles, uris, strict=True)]
 
 
 def _sections(boards: Boards, pictures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -122,9 +122,10 @@ def _sections(boards: Boards, pictures: Sequence[Mapping[str, Any]]) -> list[dic
         for model in sorted(wide["model"].unique()):
             board = wide[wide["model"] == model]
             long = boards.long[dataset][boards.long[dataset]["model"] == model]
-            shown = [p for p in pictures if (p["dataset"], p["model"]) == (dataset, model)]
+            shown = [dict(p) for p in pictures if (p["dataset"], p["model"]) == (dataset, model)]
+            order = board["explainer"].tolist()
             section = {"dataset": dataset, "model": model, "rows": _rows(board, long, boards), "id": len(sections)}
-            section |= {"pictures": [_picture(picture, board["explainer"].tolist()) for picture in shown]}
+            section |= {"pictures": [p | {"tiles": _tiles(p, order, boards.trivial)} for p in shown]}
             section |= {"facts": long.iloc[0], "samples": board["n_samples"].max(), "csv": csv_name(dataset, "csv")}
             section |= {"long_csv": csv_name(dataset, "long.csv")}
             section |= {"groups": [c[:-5] for c in board if str(c).endswith("_rank") and c != "mean_rank"]}
