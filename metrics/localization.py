@@ -56,7 +56,9 @@ class RelevanceMassAccuracy(RoiShareByChance):
         """Return for each sample why the metric is undefined on it, or ""."""
         nothing = samples.maps.max(axis=(1, 2)) <= 0
         reasons = super().undefined(samples)
-        return [reason or ("no positive attribution" if none else "") for reason, none in zip(reasons, nothing, strict=True)]
+        return [
+            reason or ("no positive attribution" if none else "") for reason, none in zip(reasons, nothing, strict=True)
+        ]
 
     def score(self, samples: Samples) -> np.ndarray:
         """Return (N,) float64 in [0, 1]."""
