@@ -119,13 +119,14 @@ def _check(scores: pd.DataFrame, metrics: pd.DataFrame, explainers: pd.DataFrame
     if missing := sorted({*RUN_COLUMNS, "dataset_fingerprint", "model_fingerprint"} - set(run)):
         raise RequestError(f"the description of the run lacks {', '.join(missing)}: add them.")
     for what, column, known in (("group", metrics["group"], GROUPS), ("status", explainers["status"], STATUSES)):
-        if unknown := sorted(set(column) - set(known)):
-            raise RequestError(f"unknown {what} {unknown[0]!r}: use one of {', '.join(known)}.")
+        if odd := sorted(set(column) - set(known)):
+            raise RequestError(f"unknown {what} {odd[0]!r}: use one of {', '.join(known)}.")
     keys = ["dataset", "model", "explainer"]
-    for column, table in ((keys, explainers), (["metric"], metrics)):
-        known_rows = set(table[column].itertuples(index=False, name=None))
-        if strangers := sorted(set(scores[column].itertuples(index=False, name=None)) - known_rows):
-            raise RequestError(f"scores of {' / '.join(strangers[0])}, which is in no table of {column[-1]}s: add it.")
+    for columns, table in ((keys, explainers), (["metric"], metrics)):
+        known_rows = set(table[columns].itertuples(index=False, name=None))
+        found = set(scores[columns].drop_duplicates().itertuples(index=False, name=None))
+        if strangers := sorted(found - known_rows):
+            raise RequestError(f"scores of {' / '.join(strangers[0])}, which is in no table of {columns[-1]}s: add it.")
     if scores.duplicated([*keys, "metric", "sample"]).any():
         first = scores[scores.duplicated([*keys, "metric", "sample"])].iloc[0]
         raise RequestError(f"sample {first['sample']} of {first['explainer']} has two {first['metric']}: keep one.")

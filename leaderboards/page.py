@@ -53,7 +53,7 @@ def _bar(low: Any, high: Any, value: Any, floor: float, ceiling: float) -> dict[
     return {"left": f"{left:.1f}", "width": f"{max(right - left, 1):.1f}", "mark": f"{mark:.1f}"}
 
 
-def _metric_cells(board: pd.DataFrame, long: pd.DataFrame, metric: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _metric_cells(board: pd.DataFrame, long: pd.DataFrame, metric: Mapping[Any, Any]) -> list[dict[str, Any]]:
     """Return one cell per row of the board, with its interval on the scale that the column shares."""
     name = metric["metric"]
     facts = long[long["metric"] == name].set_index("explainer")
@@ -82,14 +82,19 @@ def _beats(row: pd.Series, trivial: list[str]) -> dict[str, Any]:
     return {"names": names, "rivals": len(rivals), "not": [name for name in rivals if name not in names]}
 
 
+def _ranked_groups(board: pd.DataFrame) -> list[str]:
+    return [group for group in GROUPS if f"{group}_rank" in board]
+
+
 def _rows(board: pd.DataFrame, long: pd.DataFrame, boards: Boards) -> list[dict[str, Any]]:
     trivial = sorted(name for name in board.loc[board["n_samples"] > 0, "explainer"] if name in boards.trivial)
     metrics = boards.metrics.to_dict("records")
     columns = [_metric_cells(board, long, metric) for metric in metrics]
-    ranks = [column for column in board if str(column).endswith("_rank") and column != "mean_rank"]
+    ranks = [f"{name}_rank" for name in _ranked_groups(board)]
     last = board["rank"].max()
     rows = []
-    for position, (_, row) in enumerate(board.iterrows()):
+    for position in range(len(board)):
+        row = board.iloc[position]
         ranked = not pd.isna(row["rank"])
         bar = _bar(row["rank_low"], row["rank_high"], row["rank"], 1, last) if ranked else None
         view = {"row": row, "ranked": ranked, "trivial": row["explainer"] in boards.trivial, "position": position}
@@ -103,7 +108,7 @@ def _tiles(picture: Mapping[str, Any], order: list[str], trivial: frozenset[str]
     """Render one sample: the image, the region of interest, and the maps in the order of the board."""
     pixels, roi = picture["image"], picture["roi"]
     thumbnail = figures.image(pixels)
-    tiles = [{"name": "image", "thumbnail": thumbnail, "kind": "given"}]
+    tiles: list[dict[str, Any]] = [{"name": "image", "thumbnail": thumbnail, "kind": "given"}]
     if roi is not None and roi.any():
         tiles.append({"name": "region of interest", "thumbnail": figures.outline(thumbnail, roi), "kind": "given"})
     for name in sorted(picture["maps"], key=lambda name: (order.index(name) if name in order else len(order), name)):
@@ -117,7 +122,7 @@ def _tiles(picture: Mapping[str, Any], order: list[str], trivial: frozenset[str]
 
 def _sections(boards: Boards, pictures: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return one section per data set x model."""
-    sections = []
+    sections: list[dict[str, Any]] = []
     for dataset, wide in boards.wide.items():
         for model in sorted(wide["model"].unique()):
             board = wide[wide["model"] == model]
@@ -128,7 +133,7 @@ def _sections(boards: Boards, pictures: Sequence[Mapping[str, Any]]) -> list[dic
             section |= {"pictures": [p | {"tiles": _tiles(p, order, boards.trivial)} for p in shown]}
             section |= {"facts": long.iloc[0], "samples": board["n_samples"].max(), "csv": csv_name(dataset, "csv")}
             section |= {"long_csv": csv_name(dataset, "long.csv")}
-            section |= {"groups": [c[:-5] for c in board if str(c).endswith("_rank") and c != "mean_rank"]}
+            section |= {"groups": _ranked_groups(board)}
             sections.append(section)
     return sections
 

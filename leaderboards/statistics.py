@@ -67,7 +67,7 @@ def bootstrap_means(values: np.ndarray, clusters: np.ndarray, n_boot: int, rng: 
     ndarray
         (B, E, M) float64; NaN where a resample holds no defined value.
     """
-    sums, counts = (table.reshape(len(table), -1) for table in cluster_sums(values, clusters))
+    sums, counts = cluster_sums(values.reshape(len(values), int(np.prod(values.shape[1:]))), clusters)
     means = np.full((n_boot, sums.shape[1]), np.nan)
     start = 0
     for weights in _weights(len(sums), n_boot, rng):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pytest
 
 METRICS = {
     "faithfulness_estimate": ("faithfulness", True),
@@ -28,7 +29,7 @@ class Tables(NamedTuple):
     run: dict[str, Any]
 
 
-def make_tables(
+def _make_tables(
     values: Mapping[str, np.ndarray],
     trivial: tuple[str, ...] = (),
     groups: np.ndarray | None = None,
@@ -48,3 +49,22 @@ def make_tables(
     kinds = [{"metric": m, "metric_version": "1", "group": g, "higher_is_better": h} for m, (g, h) in metrics.items()]
     run = {**RUN, "dataset_fingerprint": {"toy": "d1"}, "model_fingerprint": {("toy", "vit"): "m1"}}
     return Tables(pd.concat(scores), pd.DataFrame(kinds), pd.DataFrame(rows).assign(n_failed=0), run)
+
+
+@pytest.fixture(scope="session")
+def make_tables() -> Callable[..., Tables]:
+    """Build the tables of a board from per-sample values by explainer."""
+    return _make_tables
+
+
+@pytest.fixture
+def tables() -> Tables:
+    """A board of six: `good` and its `twin` beat `random`, `plain` does not, `constant` is undefined in one metric."""
+    rng = np.random.default_rng(0)
+    better = np.array([1, 1, 1, 1, -1])
+    values = {name: rng.normal(size=(48, 5)) for name in ("good", "plain", "random", "constant", "late")}
+    values["good"] += 1.5 * better
+    values["late"] += 0.5 * better
+    values["twin"] = values["good"].copy()
+    values["constant"][:, 4] = np.nan
+    return _make_tables(values, trivial=("random", "constant"))
