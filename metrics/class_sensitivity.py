@@ -55,8 +55,8 @@ class RandomLogit(OtherClassMetric, QuantusMetric):
     """SSIM of the target's map with that of a random other class (Quantus's RandomLogit).
 
     Quantus 0.6.0 flattens the maps before the SSIM: its window of 7 slides over pixels in raster order, not over
-    squares. SSIM multiplies a term of the means with one of the deviations, and both change sign with the map: a map and
-    its negative come out similar. The class is the one that Quantus draws from the sample's seed.
+    squares. SSIM multiplies a term of the means with one of the deviations, and both change sign with the map: a map
+    and its negative come out similar. The class is the one that Quantus draws from the sample's seed.
     """
 
     name = "random_logit"

@@ -99,17 +99,17 @@ def logits_without(samples: Samples, steps: int, removed: Removed, imputer: str)
     imputer : str
         Key of `IMPUTERS`: what replaces them.
     """
-    device = samples.inputs.device
-    grid, fill = patch_grid(samples), IMPUTERS[imputer](samples.inputs)
+    inputs, device, (down, across) = samples.inputs, samples.inputs.device, patch_grid(samples)
     targets = torch.as_tensor(samples.targets, device=device).long()
-    model = with_gradients(samples.model, samples.inputs)
+    model = with_gradients(samples.model, inputs)
+    patches = inputs.unflatten(3, (across, -1)).unflatten(2, (down, -1))
+    fill = IMPUTERS[imputer](inputs)[..., None, None]
 
     def run(index: Tensor) -> Tensor:
         rows = index // steps
-        mask = removed(rows, index % steps).view(-1, 1, *grid)
-        mask = mask.repeat_interleave(samples.patch[0], 2).repeat_interleave(samples.patch[1], 3)
-        logits = model(torch.where(mask, fill[rows], samples.inputs[rows]))
-        return logits.gather(1, targets[rows, None])[:, 0].double()
+        mask = removed(rows, index % steps).view(-1, 1, down, 1, across, 1)
+        images = torch.where(mask, fill[rows], patches[rows]).reshape(-1, *inputs.shape[1:])
+        return model(images).gather(1, targets[rows, None])[:, 0].double()
 
     index = torch.arange(len(samples) * steps, device=device)
     return in_batches(run, index, samples.batch_size).view(len(samples), steps).cpu().numpy()

@@ -81,9 +81,9 @@ def test_model_that_needs_gradients_fails_in_quantus_and_runs_wrapped(make_sampl
 @pytest.mark.parametrize("frozen", [False, True])
 def test_quantus_evaluate_runs_with_a_wrapped_model(make_samples: Make, hooked: nn.Module, frozen: bool) -> None:
     samples = make_samples(3)
-    model = GradientModel(hooked.requires_grad_(not frozen))
+    model: Any = GradientModel(hooked.requires_grad_(not frozen))
     quiet: dict[str, Any] = {"disable_warnings": True}
-    results = quantus.evaluate(
+    results: Any = quantus.evaluate(
         metrics={
             "estimate": quantus.FaithfulnessEstimate(features_in_step=64, **quiet),
             "max": quantus.MaxSensitivity(nr_samples=2, **quiet),
