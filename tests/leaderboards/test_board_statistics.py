@@ -111,7 +111,7 @@ def beats(cost, clusters=None, trivial=2):
 
 def test_noise_rarely_beats_a_trivial_row():
     rng = np.random.default_rng(6)
-    boards = 100
+    boards = 80
     false = sum(beats(rng.normal(size=(40, 5, 3))).any() for _ in range(boards))
     assert false / boards <= 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / boards)
 
