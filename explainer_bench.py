@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from functools import cached_property
@@ -86,12 +87,22 @@ class Component:
 
     @classmethod
     def source_hash(cls) -> str:
-        """SHA-256 of the source files of the class and its bases, up to `Component`; part of every cell's key."""
-        files = {inspect.getsourcefile(c) for c in cls.__mro__ if c not in (object, Component, Generic)}
+        """SHA-256 of the class's module and of all that it uses of its package; part of every cell's key."""
         digest = hashlib.sha256()
-        for file in sorted(f for f in files if f):
+        for file in sorted(_sources(cls.__module__, {})):
             digest.update(Path(file).read_bytes())
         return digest.hexdigest()[:16]
+
+
+def _sources(name: str, seen: dict[str, str]) -> list[str]:
+    """Source files of a module and, in turn, of the modules of the same package whose names it uses."""
+    module = sys.modules[name]
+    seen[name] = inspect.getsourcefile(module) or ""
+    used = {v.__name__ if inspect.ismodule(v) else getattr(v, "__module__", None) for v in vars(module).values()}
+    for other in used:
+        if isinstance(other, str) and other.partition(".")[0] == name.partition(".")[0] and other not in seen:
+            _sources(other, seen)
+    return list(seen.values())
 
 
 T = TypeVar("T", bound=Component)
@@ -129,6 +140,7 @@ def load_file(path: Path) -> ModuleType:
     module_spec = importlib.util.spec_from_file_location(f"explainer_bench_file_{path.stem}", path)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
+
 import numpy as np
 import torch
 from lime.lime_image import LimeImageExplainer
@@ -34,10 +37,17 @@ class Lime(Explainer):
             batch = torch.as_tensor(np.stack(images)).permute(0, 3, 1, 2).to(inputs)
             return predict(model, batch).softmax(1).double().cpu().numpy()
 
-        explanation = LimeImageExplainer(random_state=np.random.randint(2**31 - 1)).explain_instance(
-            image, probabilities, labels=targets.tolist(), top_labels=None, num_features=image.size,
-            num_samples=self.num_samples, batch_size=64, segmentation_fn=_superpixels, progress_bar=False,
-        )  # fmt: skip
+        explainer = LimeImageExplainer(random_state=np.random.randint(2**31 - 1))
+        with redirect_stderr(StringIO()):  # lime draws a progress bar per image
+            explanation = explainer.explain_instance(
+                image,
+                probabilities,
+                labels=targets.tolist(),
+                top_labels=None,
+                num_samples=self.num_samples,
+                batch_size=64,
+                segmentation_fn=_superpixels,
+            )
         maps = [_paint(explanation.segments, explanation.local_exp[target]) for target in targets.tolist()]
         return torch.from_numpy(np.stack(maps))
 

@@ -1,0 +1,118 @@
+"""What the command line does, from Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import report as reports
+from bench import suite as suites
+from bench.runner import STAGES, Progress, Run
+from explainer_bench import RequestError
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did.
+
+    Parameters
+    ----------
+    counts : dict
+        Cells found, computed and failed, by kind.
+    report : Report or None
+        The boards, as ``report.boards.wide[dataset]`` and ``report.boards.long[dataset]``; None after a single stage.
+    failures : list of str
+        One line for each explainer, or pair of explainer and metric, with failed cells.
+    """
+
+    counts: dict[str, int]
+    report: reports.Report | None
+    failures: list[str]
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; "auto" is CUDA where there is one.
+
+    Raises
+    ------
+    RequestError
+        If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise RequestError(f"no device {name!r} here: use auto, cpu, cuda or cuda:N.") from error
+    return torch.device(name)
+
+
+def run(
+    suite: str | suites.Suite,
+    *,
+    out: str | Path,
+    data_root: str | Path | None = None,
+    device: str = "auto",
+    batch_size: int = 16,
+    shard: tuple[int, int] = (1, 1),
+    stages: Sequence[str] | None = None,
+    fresh: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Result:
+    """Compute a suite, or what is missing of it, into a folder.
+
+    Parameters
+    ----------
+    suite : str or Suite
+        A name, a YAML file, or what `bench.suite.load` returned.
+    out : str or Path
+        The folder; finished cells found there are kept.
+    data_root : str or Path, optional
+        The folder that holds the data sets that are not embedded.
+    device : str
+        "auto", "cpu", "cuda" or "cuda:N".
+    batch_size : int
+        Perturbed images per forward pass; changes memory and speed, never a score.
+    shard : (int, int)
+        ``(i, n)`` computes the i-th of n parts.
+    stages : sequence of str, optional
+        Only these of predict, explain, score; then no boards are made.
+    fresh : bool
+        Refuse a folder that already holds a run.
+    progress : callable
+        ``progress(stage, done, total)``, in shards.
+
+    Raises
+    ------
+    RequestError
+        Before anything is written, if the request cannot be carried out.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    chosen = suites.load(suite) if isinstance(suite, str) else suite
+    if fresh and (out / "plan.json").exists():
+        raise RequestError(f"{out} already holds a run: name another folder with --out, or leave out --fresh.")
+    root = Path(data_root) if data_root is not None else None
+    this = Run(chosen, out, root, choose_device(device), batch_size, shard)
+    this.execute(tuple(stages) if stages else STAGES, progress)
+    counts = dict(this.done)
+    if stages:
+        return Result(counts, None, [])
+    reports.write_plan(this)
+    reports.write_pictures(this)
+    report = reports.read(out)
+    reports.write(report, out, out / "leaderboards")
+    reports.write_manifest(this, time.perf_counter() - start)
+    return Result(counts, report, _failures(report))
+
+
+def _failures(report: reports.Report) -> list[str]:
+    lines = []
+    for board in report.boards.wide.values():
+        for row in board[board["status"] == "failed"].itertuples():
+            lines.append(f"{row.explainer} on {row.dataset}, {row.model}: {row.n_failed} samples: {row.info}")
+    return lines

@@ -1,0 +1,279 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.progress
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from explainer_bench import Component, RequestError, __version__, split_specs
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
+app.add_typer(data_app, name="data")
+out, err = Console(), Console(stderr=True)
+
+DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the data set.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+class Kind(StrEnum):
+    """What `list` can list."""
+
+    explainers = "explainers"
+    metrics = "metrics"
+    datasets = "datasets"
+    models = "models"
+    suites = "suites"
+    recipes = "recipes"
+
+
+class Stage(StrEnum):
+    """What `run` can be limited to."""
+
+    predict = "predict"
+    explain = "explain"
+    score = "score"
+
+
+def main() -> None:
+    """Run the command line: exit code 0 = done, 1 = some cells failed, 2 = the request was wrong."""
+    try:
+        app()
+    except RequestError as error:
+        err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on from here.")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Which explanation method should I trust for this model and this data, and how sure are we?"""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Argument(help="A suite's name, or a YAML file.")],
+    dataset: Annotated[list[str] | None, typer.Option(help="Instead of the suite's data sets; repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Instead of the suite's models; repeatable.")] = None,
+    explainers: Annotated[str | None, typer.Option(help="Comma-separated, instead of the suite's.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated, instead of the suite's.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Images per data set.")] = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Perturbed images per forward pass; no score changes.")] = 16,
+    shard: Annotated[str, typer.Option(help="i/n: compute only the i-th of n parts, for job arrays.")] = "1/1",
+    output: Annotated[Path | None, typer.Option("--out", help="Folder; runs/SUITE by default.")] = None,
+    stage: Annotated[Stage | None, typer.Option(help="Compute only this stage.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Refuse to go on from finished cells in the folder.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the suite's seed.")] = None,
+) -> None:
+    """Compute a suite, or what is missing of it, and print its boards."""
+    from bench import api, suite as suites
+
+    chosen = suites.load(
+        suite,
+        datasets=dataset,
+        models=model,
+        explainers=explainers and split_specs(explainers),
+        metrics=metrics and split_specs(metrics),
+        samples=samples,
+        seed=seed,
+    )
+    folder = output or Path("runs") / chosen.name
+    with _progress() as progress:
+        result = api.run(
+            chosen,
+            out=folder,
+            data_root=data_root,
+            device=device,
+            batch_size=batch_size,
+            shard=_fraction(shard),
+            stages=(stage.value,) if stage else None,
+            fresh=fresh,
+            progress=progress,
+        )
+    out.print(_counts(result.counts), highlight=False)
+    if result.report is None:
+        return
+    _print_boards(result.report)
+    out.print(f"Boards: {folder / 'leaderboards'} (page: {folder / 'leaderboards' / 'index.html'})", soft_wrap=True)
+    if result.failures:
+        for line in result.failures:
+            err.print(f"failed: {line}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _fraction(text: str) -> tuple[int, int]:
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise RequestError(f"--shard {text!r}: write it as i/n with 1 <= i <= n, such as 2/8.")
+    return int(first), int(last)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    kinds = ("predictions", "explanations", "scores")
+    parts = []
+    for kind in kinds:
+        found, computed, failed = (counts.get(f"{kind} {what}", 0) for what in ("found", "computed", "failed"))
+        parts.append(f"{kind}: {computed} computed, {found} found" + (f", {failed} failed" if failed else ""))
+    return "Cells. " + "; ".join(parts) + "."
+
+
+def _print_boards(report: Any) -> None:
+    import leaderboards
+
+    for name, wide in report.boards.wide.items():
+        _print_table(leaderboards.summary(wide), f"{name} (lower mean rank is better; rank with its 95 % interval)")
+    if report.missing:
+        out.print(f"{report.missing} cells of the plan are not computed yet.")
+
+
+def _print_table(table: Any, title: str) -> None:
+    shown = Table(title=title, title_justify="left")
+    for column in table.columns:
+        shown.add_column(str(column), overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*("" if value is None or value != value else str(value) for value in row))
+    out.print(shown, markup=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar per stage with rate and time left on a terminal; a line per stage elsewhere."""
+    columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), "shards")
+    times = (rich.progress.TimeElapsedColumn(), "elapsed,", rich.progress.TimeRemainingColumn(), "left")
+    with rich.progress.Progress(*columns, *times, console=err, disable=not err.is_terminal) as bars:
+        tasks: dict[str, rich.progress.TaskID] = {}
+        starts: dict[str, float] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                starts[stage] = time.perf_counter()
+            bars.update(tasks[stage], completed=done)
+            if done == total and not err.is_terminal:
+                err.print(f"{stage}: {total} shards in {time.perf_counter() - starts[stage]:.1f} s", highlight=False)
+
+        yield update
+
+
+@app.command()
+def board(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output folder of a run.")],
+    output: Annotated[Path | None, typer.Option("--out", help="RUN_DIR/leaderboards by default.")] = None,
+) -> None:
+    """Make the boards again from whatever scores a run has stored."""
+    from bench import report
+
+    result = report.read(folder)
+    target = output or folder / "leaderboards"
+    report.write(result, folder, target)
+    _print_boards(result)
+    out.print(f"Boards: {target}", soft_wrap=True)
+    if result.failed:
+        err.print(f"{result.failed} cells failed: see {folder / 'failures'}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_(kind: Kind, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List what there is, with what each takes."""
+    rows = _catalogue(kind)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1, default=str))
+        return
+    table = Table(*(rows[0] if rows else ["name"]))
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    out.print(table, markup=False)
+
+
+def _catalogue(kind: Kind) -> list[dict[str, Any]]:
+    import adapters
+    import metrics
+    from bench import datasets, models, recipes, suite
+
+    if kind is Kind.suites:
+        return [{"name": s.name, "description": s.description} for s in map(suite.load, suite.names())]
+    if kind is Kind.models:
+        return models.catalogue()
+    registries = {"explainers": adapters, "metrics": metrics, "datasets": datasets, "recipes": recipes}
+    facts = {
+        "explainers": ("family", "signed", "class_discriminative", "stochastic", "trivial"),
+        "metrics": ("group", "higher_is_better", "bounds", "sign_policy"),
+        "datasets": ("licence", "where"),
+        "recipes": (),
+    }
+    classes = registries[kind].registry.classes.values()  # type: ignore[attr-defined]
+    return [_facts(cls, facts[kind]) for cls in classes]
+
+
+def _facts(cls: type[Component], names: tuple[str, ...]) -> dict[str, Any]:
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
+    parameters = ", ".join(f"{k}={v}" for k, v in cls().params.items())
+    return {"name": cls.name, **{n: getattr(cls, n) for n in names}, "parameters": parameters, "what": summary}
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="See `list recipes`.")],
+    data_root: DataRoot = None,
+    weights: Annotated[Path | None, typer.Option(help="Local pre-trained weights to start from.")] = None,
+    fraction: Annotated[float, typer.Option(help="Share of the training split to use, in (0, 1].")] = 1.0,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path | None, typer.Option("--out", help="Folder; checkpoints/RECIPE by default.")] = None,
+) -> None:
+    """Train a recipe's model and measure it on the held-out split."""
+    from bench import api, training
+
+    folder = output or Path("checkpoints") / recipe.partition("[")[0]
+
+    def progress(line: str) -> None:
+        err.print(line, markup=False, highlight=False)
+
+    chosen = str(api.choose_device(device))
+    report = training.train(recipe, folder, data_root, weights, fraction, chosen, seed, progress)
+    out.print_json(json.dumps(report, default=str))
+
+
+@data_app.command()
+def check(name: Annotated[str, typer.Argument(help="See `list datasets`.")], data_root: DataRoot = None) -> None:
+    """Read every sample of a data set, count, and name every file that cannot be used."""
+    from bench import datasets
+    from bench.datasets.base import check as check_samples
+
+    result = check_samples(datasets.get(name, **({"root": data_root} if data_root else {})))
+    table = result.table.round({"roi_area": 4})
+    _print_table(table, name)
+    for line in result.errors:
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    if result.errors:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def describe(name: Annotated[str, typer.Argument(help="See `list datasets`.")]) -> None:
+    """Say what a data set is, where to get it, under which licence, and how it must be laid out."""
+    from bench import datasets
+
+    cls = datasets.registry.find(name)
+    out.print(cls.__doc__ and cls.__doc__.strip(), markup=False, highlight=False)
+    for fact in ("class_names", "licence", "where", "tree", "reference"):
+        out.print(f"{fact}: {getattr(cls, fact)}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,255 @@
+"""From a folder of cells to boards: the plan that a run leaves, and what any later reader makes of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import explainer_bench
+import leaderboards
+from bench.problem import SHARD, Problem, Shard
+from bench.runner import Run
+from bench.store import Store
+from explainer_bench import RequestError
+
+N_PICTURES = 6
+
+
+def write_plan(run: Run) -> None:
+    """Write ``plan.json``: every cell of the run with its path, and what the boards say of explainers and metrics."""
+    cells: list[dict[str, Any]] = []
+    explainers: list[dict[str, Any]] = []
+    for problem in run.problems:
+        dataset, model = problem.names
+        for explainer in run.explainers:
+            reason = explainer.supports(problem.model.module)
+            explainers.append(
+                {
+                    "dataset": dataset,
+                    "model": model,
+                    "explainer": explainer.spec,
+                    "explainer_version": explainer.version,
+                    "params": json.dumps(explainer.params, sort_keys=True, default=str),
+                    "trivial": explainer.trivial,
+                    "signed": explainer.signed,
+                    "status": "unsupported" if reason else "ok",
+                    "info": reason or "",
+                }
+            )
+        for index in range(problem.n_shards):
+            cells += _cells(run, problem, problem.shard(index))
+    metrics = [
+        {
+            "metric": m.spec,
+            "metric_version": m.version,
+            "group": m.group,
+            "higher_is_better": m.higher_is_better,
+            "description": (type(m).__doc__ or "").strip().partition("\n\n")[0].replace("\n    ", " "),
+        }
+        for m in run.metrics
+    ]
+    constants = _constants(run)
+    run.store.write_json("plan.json", {"cells": cells, "explainers": explainers, "metrics": metrics, "run": constants})
+
+
+def _cells(run: Run, problem: Problem, shard: Shard) -> Iterator[dict[str, Any]]:
+    known = run.known(problem, shard)
+    dataset, model = problem.names
+    for explainer in run.supported(problem):
+        for metric in run.metrics:
+            classes = known.classes(explainer, metric)
+            yield {
+                "dataset": dataset,
+                "model": model,
+                "explainer": explainer.spec,
+                "metric": metric.spec,
+                "n": len(shard.samples),
+                "shard": shard.index,
+                "scores": run.score_cell(problem, shard, explainer, metric, known),
+                "explanations": [run.explanation_cell(problem, shard, explainer, c) for c in classes],
+            }
+
+
+def _constants(run: Run) -> dict[str, Any]:
+    return {
+        "seed": run.suite.seed,
+        "device": run.device.type,
+        "precision": "fp32",
+        "quantus": importlib.metadata.version("quantus"),
+        "torch": torch.__version__,
+        "explainer_bench": explainer_bench.__version__,
+        "git": _git(),
+        "utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "fingerprints": [[*p.names, p.dataset.fingerprint, p.model.fingerprint] for p in run.problems],
+    }
+
+
+def _git() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def write_pictures(run: Run) -> None:
+    """Keep the first images of every problem with their ROI and maps, for the page."""
+    for problem in run.problems:
+        shard = problem.shard(0)
+        known = run.known(problem, shard)
+        n = min(N_PICTURES, len(shard.samples))
+        arrays = {}
+        for explainer in run.supported(problem):
+            cell = run.explanation_cell(problem, shard, explainer, known.targets)
+            if run.store.exists(cell, "npz"):
+                arrays[f"map:{explainer.spec}"] = run.maps(problem, shard, explainer, known.targets)[:n].numpy()
+        images = [problem.model.resize(problem.dataset.load(sample).image) for sample in shard.samples[:n]]
+        names = problem.dataset.class_names
+        titles = [
+            f"explained: {names[target]}; labelled: {names[sample.label]}"
+            for target, sample in zip(known.targets[:n], shard.samples, strict=False)
+        ]
+        run.store.write_arrays(
+            run.store.path("pictures", *problem.names, key="first"),
+            names=np.array(problem.names),
+            images=np.stack(images),
+            roi=shard.roi(known.targets)[:n],
+            titles=np.array(titles),
+            samples=np.array([sample.id for sample in shard.samples[:n]]),
+            **arrays,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Boards, and the cells of the plan they stand on."""
+
+    boards: leaderboards.Boards
+    done: int
+    failed: int
+    missing: int
+
+
+def read(folder: Path) -> Report:
+    """Aggregate whatever cells a run has left so far; computes no score.
+
+    Raises
+    ------
+    RequestError
+        If `folder` holds no run.
+    """
+    store = Store(folder)
+    if not (folder / "plan.json").is_file():
+        raise RequestError(f"{folder} holds no plan.json: name the output folder of a run.")
+    plan = store.read_json("plan.json")
+    cells = pd.DataFrame(plan["cells"])
+    cells["error"] = [_error(store, cell) for cell in cells.itertuples()]
+    cells["done"] = [store.exists(cell, "parquet") for cell in cells["scores"]]
+    scores = [store.read_table(c.scores).assign(**_names(c)) for c in cells[cells["done"]].itertuples()]
+    if not scores:
+        raise RequestError(f"{folder} holds no finished cell yet: run the suite, or see {folder}/failures.")
+    explainers = [_explainer_row(store, row, cells) for row in plan["explainers"]]
+    boards = leaderboards.build(
+        pd.concat(scores, ignore_index=True), pd.DataFrame(plan["metrics"]), pd.DataFrame(explainers), _run(plan["run"])
+    )
+    done, failed = int(cells["done"].sum()), int(((cells["error"] != "") & ~cells["done"]).sum())
+    return Report(boards, done, failed, len(cells) - done - failed)
+
+
+def _names(cell: Any) -> dict[str, str]:
+    return {"dataset": cell.dataset, "model": cell.model, "explainer": cell.explainer, "metric": cell.metric}
+
+
+def _error(store: Store, cell: Any) -> str:
+    """Return the first recorded error on the way to a score that is not there."""
+    if store.exists(cell.scores, "parquet"):
+        return ""
+    return next(filter(None, map(store.failure, [*cell.explanations, cell.scores])), "")
+
+
+def _explainer_row(store: Store, row: Mapping[str, Any], cells: pd.DataFrame) -> dict[str, Any]:
+    mine = cells[(cells[["dataset", "model", "explainer"]] == [row["dataset"], row["model"], row["explainer"]]).all(axis=1)]
+    per_shard = mine.groupby("shard")
+    failed = mine[mine["error"] != ""]
+    status = {"status": "failed", "info": failed["error"].iloc[0]} if len(failed) else {}
+    maps = [(cell[0], n) for cell, n in zip(per_shard["explanations"].first(), per_shard["n"].first(), strict=True)]
+    timed = [(float(store.read_arrays(cell)["seconds"]), n) for cell, n in maps if store.exists(cell, "npz")]
+    seconds = sum(s for s, _ in timed) / sum(n for _, n in timed) if timed else np.nan
+    n_failed = int(failed.groupby("shard")["n"].first().sum())
+    return {**row, "n_failed": n_failed, "seconds_per_image": seconds, **status}
+
+
+def _run(constants: Mapping[str, Any]) -> dict[str, Any]:
+    prints = constants["fingerprints"]
+    return {
+        **constants,
+        "dataset_fingerprint": {dataset: data for dataset, _, data, _ in prints},
+        "model_fingerprint": {(dataset, model): weights for dataset, model, _, weights in prints},
+    }
+
+
+def write(report: Report, folder: Path, out: Path) -> list[Path]:
+    """Write the CSV files and the page of the run in `folder` to `out`."""
+    files = leaderboards.write(report.boards, out)
+    return [*files, leaderboards.page.write(report.boards, list(_pictures(Store(folder))), out)]
+
+
+def _pictures(store: Store) -> Iterator[dict[str, Any]]:
+    plan = store.read_json("plan.json")
+    signed = {row["explainer"]: row["signed"] for row in plan["explainers"]}
+    for dataset, model, *_ in plan["run"]["fingerprints"]:
+        cell = store.path("pictures", dataset, model, key="first")
+        if not store.exists(cell, "npz"):
+            continue
+        stored = store.read_arrays(cell)
+        maps = {name.removeprefix("map:"): array for name, array in stored.items() if name.startswith("map:")}
+        for i, sample in enumerate(stored["samples"]):
+            roi = stored["roi"][i]
+            yield {
+                "dataset": dataset,
+                "model": model,
+                "sample": str(sample),
+                "title": str(stored["titles"][i]),
+                "image": stored["images"][i],
+                "roi": roi if roi.any() else None,
+                "maps": {name: array[i] for name, array in maps.items()},
+                "signed": signed,
+            }
+
+
+def write_manifest(run: Run, seconds: float) -> None:
+    """Write ``manifest.json``: what was asked, of what, with what, on what, and what it cost."""
+    packages = ("torch", "torchvision", "timm", "quantus", "captum", "lime", "grad-cam", "numpy", "pandas", "scipy")
+    run.store.write_json(
+        "manifest.json",
+        {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "suite": run.suite.model_dump(),
+            "run": _constants(run),
+            "shard": run.shard,
+            "shard_size": SHARD,
+            "batch_size": run.batch_size,
+            "cells": dict(sorted(run.done.items())),
+            "seconds": round(seconds, 3),
+            "stages": run.stages,
+            "python": platform.python_version(),
+            "packages": {name: importlib.metadata.version(name) for name in packages},
+            "hardware": {
+                "machine": platform.machine(),
+                "cpus": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "gpu": torch.cuda.get_device_name() if run.device.type == "cuda" else "",
+            },
+        },
+    )

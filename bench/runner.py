@@ -1,0 +1,319 @@
+"""The runner: a plan of cells, and the stages that compute those that are not there yet."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+import adapters
+import metrics
+from adapters import Explainer
+from bench import datasets, models
+from bench.problem import Problem, Shard
+from bench.store import Store, identity, key
+from bench.suite import Suite
+from explainer_bench import Component, RequestError
+from metrics import Metric, Samples
+from metrics.quantus_bridge import with_gradients
+
+STAGES = ("predict", "explain", "score")
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the predictions of a shard decide.
+
+    Parameters
+    ----------
+    logits : ndarray
+        (n, K) float64.
+    targets : ndarray
+        (n,) int, the explained class.
+    others : dict
+        Per metric, (n, M) int: the further classes whose maps it compares.
+    """
+
+    logits: np.ndarray
+    targets: np.ndarray
+    others: dict[str, np.ndarray]
+
+    def classes(self, explainer: Explainer, metric: Metric | None = None) -> list[np.ndarray]:
+        """Return the (n,) classes to explain: the target's first, then the others of one metric, or of all."""
+        if not explainer.class_discriminative:
+            return [self.targets]
+        others = [self.others[metric.spec]] if metric else list(self.others.values())
+        columns = [self.targets, *(column for array in others for column in array.T)]
+        return list({column.tobytes(): column for column in columns}.values())
+
+
+@dataclass
+class Run:
+    """One suite, computed into one folder.
+
+    Parameters
+    ----------
+    suite : Suite
+        What to compute.
+    out : Path
+        The folder; finished cells found there are kept.
+    data_root : Path, optional
+        Where the data sets lie.
+    device : torch.device
+        Where the models run.
+    batch_size : int
+        Perturbed images per forward pass.
+    shard : (int, int)
+        ``(i, n)``: compute only every n-th shard of samples, starting with the i-th (from 1).
+
+    Raises
+    ------
+    RequestError
+        Before anything is written, for whatever in the suite does not exist or does not fit.
+    """
+
+    suite: Suite
+    out: Path
+    data_root: Path | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_size: int = 16
+    shard: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        self.explainers = _unique([adapters.get(spec) for spec in self.suite.explainers])
+        self.metrics = _unique([metrics.get(spec) for spec in self.suite.metrics])
+        self.problems = list(self._problems())
+        self.store = Store(self.out)
+        self.done: Counter[str] = Counter()
+        self.stages: dict[str, dict[str, float]] = {}
+        self.forward_seconds = 0.0
+
+    def _problems(self) -> Iterator[Problem]:
+        if not self.suite.models:
+            raise RequestError(f"suite {self.suite.name!r} names no model: give one with --model (see `list models`).")
+        for dataset_spec in self.suite.datasets:
+            cls = datasets.registry.find(dataset_spec.partition("[")[0])
+            root = {} if cls.where == "embedded" else {"root": self.data_root}
+            dataset = datasets.get(dataset_spec, **root)
+            for spec in self.suite.models:
+                model = models.get(spec, class_names=dataset.class_names, device=self.device)
+                problem = Problem(dataset, model, self.suite.samples, self.suite.seed)
+                self._check_target(dataset.class_names)
+                yield problem
+
+    def _check_target(self, class_names: tuple[str, ...]) -> None:
+        target = self.suite.target
+        if isinstance(target, int) and not 0 <= target < len(class_names):
+            raise RequestError(f"target {target} is no class: there are {len(class_names)}, counted from 0.")
+
+    def shards(self, problem: Problem) -> range:
+        """Return the indices of the shards that this run computes."""
+        return range(self.shard[0] - 1, problem.n_shards, self.shard[1])
+
+    def execute(self, stages: tuple[str, ...] = STAGES, progress: Progress = lambda *_: None) -> None:
+        """Compute what is missing, one stage after the other.
+
+        An explainer or metric that fails costs its own cells only, each recorded in the store.
+        """
+        steps = {"predict": self._predict, "explain": self._explain, "score": self._score}
+        for stage in stages:
+            # Predictions decide which classes are explained, so every part of a divided run has them all.
+            ranges = {p: range(p.n_shards) if stage == "predict" else self.shards(p) for p in self.problems}
+            total = sum(map(len, ranges.values()))
+            with self._measured(stage):
+                progress(stage, 0, total)
+                for count, (problem, index) in enumerate(((p, i) for p in ranges for i in ranges[p]), 1):
+                    steps[stage](problem, problem.shard(index))
+                    progress(stage, count, total)
+
+    @contextmanager
+    def _measured(self, stage: str) -> Iterator[None]:
+        start, forward = time.perf_counter(), self.forward_seconds
+        with _timed_forward([problem.model.module for problem in self.problems], self):
+            yield
+        self.stages[stage] = {
+            "seconds": round(time.perf_counter() - start, 3),
+            "seconds_in_forward": round(self.forward_seconds - forward, 3),
+            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+
+    def _predict(self, problem: Problem, shard: Shard) -> None:
+        cell = self.prediction_cell(problem, shard)
+        if self._is_done("predictions", cell, "npz"):
+            return
+        model = with_gradients(problem.model.module, shard.inputs[:1].to(self.device))
+        with torch.no_grad():
+            logits = model(shard.inputs.to(self.device)).detach().double().cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise RequestError(f"model {problem.model.name!r} returns NaN or infinite logits; check its weights.")
+        self.store.write_arrays(cell, logits=logits)
+        self.done["predictions computed"] += 1
+
+    def _is_done(self, kind: str, cell: str, ending: str) -> bool:
+        there = self.store.exists(cell, ending)
+        self.done[f"{kind} found"] += there
+        return there
+
+    def prediction_cell(self, problem: Problem, shard: Shard) -> str:
+        """Return the cell of a shard's logits."""
+        ids = [(sample.id, sample.digest) for sample in shard.samples]
+        return self.store.path("predictions", *problem.names, key=key(ids, problem.model.fingerprint))
+
+    def known(self, problem: Problem, shard: Shard) -> Known:
+        """Read a shard's predictions and decide which classes are explained."""
+        cell = self.prediction_cell(problem, shard)
+        if not self.store.exists(cell, "npz"):
+            raise RequestError("the predictions are missing: run the stage `predict` first.")
+        logits = self.store.read_arrays(cell)["logits"]
+        labels = np.array([sample.label for sample in shard.samples])
+        target = self.suite.target
+        targets = {"predicted": logits.argmax(1), "label": labels}.get(str(target), np.full(len(labels), target))
+        seeds = shard.seeds(self.suite.seed)
+        return Known(logits, targets, {m.spec: m.other_classes(logits, targets, seeds) for m in self.metrics})
+
+    def explanation_cell(self, problem: Problem, shard: Shard, explainer: Explainer, classes: np.ndarray) -> str:
+        """Return the cell of one explainer's maps of a shard, for one class per sample."""
+        base = self.prediction_cell(problem, shard)
+        context = [problem.dataset.fingerprint] if explainer.needs else []
+        hashed = key(base, identity(explainer), classes.tolist(), self.suite.seed, context)
+        return self.store.path("explanations", *problem.names, explainer.spec, key=hashed)
+
+    def _explain(self, problem: Problem, shard: Shard) -> None:
+        known = self.known(problem, shard)
+        for explainer in self.supported(problem):
+            cells = {self.explanation_cell(problem, shard, explainer, c): c for c in known.classes(explainer)}
+            missing = [cell for cell in cells if not self._is_done("explanations", cell, "npz")]
+            for group in [missing] if explainer.shares_draws and missing else [[cell] for cell in missing]:
+                self._explain_cells(problem, shard, explainer, {cell: cells[cell] for cell in group})
+
+    def _explain_cells(
+        self, problem: Problem, shard: Shard, explainer: Explainer, cells: dict[str, np.ndarray]
+    ) -> None:
+        n = len(cells)
+        start = time.perf_counter()
+        try:
+            context = {"roi_prior": problem.roi_prior(shard).repeat(n, 0)} if "roi_prior" in explainer.needs else {}
+            inputs = shard.inputs.repeat_interleave(n, 0)
+            classes = np.stack(list(cells.values()), axis=1).ravel()
+            maps = explainer.explain(problem.model.module, inputs, classes, seed=self.suite.seed, **context)
+        except Exception as error:  # whatever a stranger's code raises costs its own cells only
+            for cell in cells:
+                self.store.fail(cell, error)
+            self.done["explanations failed"] += n
+            return
+        seconds = time.perf_counter() - start
+        for position, cell in enumerate(cells):
+            self.store.write_arrays(cell, maps=maps[position::n].numpy(), seconds=np.array(seconds))
+        self.done["explanations computed"] += n
+
+    def supported(self, problem: Problem) -> list[Explainer]:
+        """Return the explainers that can explain the problem's model."""
+        return [e for e in self.explainers if e.supports(problem.model.module) is None]
+
+    def score_cell(self, problem: Problem, shard: Shard, explainer: Explainer, metric: Metric, known: Known) -> str:
+        """Return the cell of one metric's scores of one explainer on a shard."""
+        maps = [self.explanation_cell(problem, shard, explainer, c) for c in known.classes(explainer, metric)]
+        hashed = key(maps, identity(metric), self.suite.seed, problem.model.patch)
+        return self.store.path("scores", *problem.names, explainer.spec, metric.spec, key=hashed)
+
+    def _score(self, problem: Problem, shard: Shard) -> None:
+        known = self.known(problem, shard)
+        shared: dict[Any, np.ndarray] = {}
+        for explainer in self.supported(problem):
+            cells = {self.score_cell(problem, shard, explainer, metric, known): metric for metric in self.metrics}
+            missing = [cell for cell in cells if not self._is_done("scores", cell, "parquet")]
+            if not missing:
+                continue
+            try:
+                samples = self.samples(problem, shard, explainer, known, shared)
+            except FileNotFoundError:
+                self.done["scores failed"] += len(missing)
+                continue
+            for cell in missing:
+                self._score_cell(cell, shard, cells[cell], samples)
+
+    def _score_cell(self, cell: str, shard: Shard, metric: Metric, samples: Samples) -> None:
+        try:
+            values, reasons = metric(samples)
+        except Exception as error:
+            self.store.fail(cell, error)
+            self.done["scores failed"] += 1
+            return
+        columns = {
+            "sample": [sample.id for sample in shard.samples],
+            "group": [sample.group for sample in shard.samples],
+            "value": values,
+            "reason": reasons,
+            "chance": metric.chance_level(samples),
+        }
+        self.store.write_table(cell, pd.DataFrame(columns))
+        self.done["scores computed"] += 1
+
+    def maps(self, problem: Problem, shard: Shard, explainer: Explainer, classes: np.ndarray) -> Tensor:
+        """Read one explainer's maps of a shard for these classes, brought to the input's resolution."""
+        native = self.store.read_arrays(self.explanation_cell(problem, shard, explainer, classes))["maps"]
+        return explainer.upsample(torch.from_numpy(native), problem.model.input_size)
+
+    def samples(
+        self, problem: Problem, shard: Shard, explainer: Explainer, known: Known, shared: dict[Any, np.ndarray]
+    ) -> Samples:
+        """Return what the metrics may look at; the further classes' maps are read, never explained again."""
+        stored = {c.tobytes(): (c, self.maps(problem, shard, explainer, c).double().numpy()) for c in known.classes(explainer)}
+        by_class = [{int(c[row]): maps[row] for c, maps in stored.values()} for row in range(len(shard.samples))]
+        target_maps = stored[known.targets.tobytes()][1]
+
+        def explain(classes: np.ndarray) -> np.ndarray:
+            if not explainer.class_discriminative:
+                return target_maps
+            return np.stack([maps[int(c)] for maps, c in zip(by_class, classes, strict=True)])
+
+        inputs = shard.inputs.to(self.device)
+        return Samples(
+            model=with_gradients(problem.model.module, inputs[:1]),
+            inputs=inputs,
+            targets=known.targets,
+            maps=target_maps,
+            roi=shard.roi(known.targets),
+            logits=known.logits,
+            seeds=shard.seeds(self.suite.seed),
+            patch=problem.model.patch,
+            batch_size=self.batch_size,
+            explain=explain,
+            shared=shared,
+        )
+
+
+def _unique(components: list[Any]) -> list[Any]:
+    seen: dict[str, Component] = {}
+    for component in components:
+        if seen.setdefault(component.spec, component) is not component:
+            raise RequestError(f"{component.spec!r} is asked for twice; name it once.")
+    return components
+
+
+@contextmanager
+def _timed_forward(modules: list[torch.nn.Module], clock: Run) -> Iterator[None]:
+    """Add the wall time of every forward pass to ``clock.forward_seconds``."""
+    starts: list[float] = []
+
+    def stop(*_: object) -> None:
+        clock.forward_seconds += time.perf_counter() - starts.pop()
+
+    handles = [m.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())) for m in set(modules)]
+    handles += [m.register_forward_hook(stop, always_call=True) for m in set(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,108 @@
+"""The store: one file per cell, named by a hash of all that determines it, written atomically; exists means done."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from explainer_bench import Component, RequestError
+
+
+def key(*parts: Any) -> str:
+    """Return a hash of `parts` (anything JSON can hold) in 24 hex digits."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def identity(component: Component) -> dict[str, Any]:
+    """Return everything of a component that can change a result."""
+    return {
+        "name": component.name,
+        "version": component.version,
+        "params": component.params,
+        "source": component.source_hash(),
+    }
+
+
+class Store:
+    """Cells under one folder.
+
+    Parameters
+    ----------
+    root : Path
+        The folder of the run.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if root.exists() and not root.is_dir():
+            raise RequestError(f"{root} is a file; name a folder with --out.")
+
+    def path(self, kind: str, *names: str, key: str) -> str:
+        """Return the cell's path relative to the root, without an ending."""
+        return "/".join([kind, *(re.sub(r"[^\w.=,\[\]-]+", "_", name) for name in names), key])
+
+    def exists(self, cell: str, ending: str) -> bool:
+        """Whether the cell is done."""
+        return (self.root / f"{cell}.{ending}").exists()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file so that it is there whole or not at all."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+
+    def write_table(self, cell: str, table: pd.DataFrame) -> None:
+        """Write a table as Parquet."""
+        self.write(f"{cell}.parquet", table.to_parquet(None, index=False))
+        self.forget_failure(cell)
+
+    def read_table(self, cell: str) -> pd.DataFrame:
+        """Read a table."""
+        return pd.read_parquet(self.root / f"{cell}.parquet")
+
+    def write_arrays(self, cell: str, **arrays: np.ndarray) -> None:
+        """Write named arrays."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        self.write(f"{cell}.npz", buffer.getvalue())
+        self.forget_failure(cell)
+
+    def read_arrays(self, cell: str) -> dict[str, np.ndarray]:
+        """Read named arrays."""
+        with np.load(self.root / f"{cell}.npz", allow_pickle=False) as file:
+            return dict(file)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file called `name`."""
+        self.write(name, (json.dumps(content, indent=1, sort_keys=True, default=str) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON file called `name`."""
+        return json.loads((self.root / name).read_text())
+
+    def fail(self, cell: str, error: Exception) -> None:
+        """Record why a cell could not be computed, apart from the results."""
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        self.write_json(f"failures/{cell}.json", {"error": line, "traceback": "".join(traceback.format_exception(error))})
+
+    def failure(self, cell: str) -> str:
+        """Return the recorded error of a cell in one line, or ""."""
+        path = self.root / f"failures/{cell}.json"
+        return json.loads(path.read_text())["error"] if path.exists() else ""
+
+    def forget_failure(self, cell: str) -> None:
+        """Drop the failure record of a cell that has now been computed."""
+        (self.root / f"failures/{cell}.json").unlink(missing_ok=True)
