@@ -59,6 +59,11 @@ def test_ranks_share_ties_and_skip_gaps():
     np.testing.assert_array_equal(statistics.rank(cost, np.ones(3, dtype=bool)), expected)
 
 
+def test_last_digits_break_no_ties():
+    cost = np.array([[0.3], [0.1 + 0.2], [0.2]])
+    np.testing.assert_array_equal(statistics.rank(cost, np.ones(3, dtype=bool)), [[2.5], [2.5], [1]])
+
+
 def test_incomplete_explainer_is_ranked_but_moves_no_one():
     cost = np.random.default_rng(3).normal(size=(5, 6, 4)).round(1)
     complete = np.array([True, True, False, True, False, True])
@@ -130,6 +135,20 @@ def test_better_explainer_beats_trivial_rows_and_not_itself():
     result = beats(cost)
     assert result[3].tolist() == [True, True, False, False]
     assert not np.diag(result).any()
+
+
+def test_worse_explainer_beats_no_one():
+    cost = np.random.default_rng(10).normal(size=(40, 4, 3))
+    cost[:, 3] += 2
+    assert not beats(cost)[3].any()
+
+
+def test_wins_are_corrected_for_all_pairs(monkeypatch):
+    p_values = iter([0.03, 0.01, 0.02, 0.04])
+    monkeypatch.setattr(statistics, "_p_value", lambda differences: next(p_values))
+    # Holm: 4 x 0.01 is below 0.05; 3 x 0.02 is not and ends the procedure.
+    result = beats(np.zeros((10, 5, 3)), trivial=1)
+    assert result[2, 0] and result.sum() == 1
 
 
 def test_pair_is_compared_where_both_are_defined():
