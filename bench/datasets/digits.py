@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache, cached_property
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,24 +16,10 @@ from bench.datasets.base import Dataset, Item, Sample
 CANVAS = 64
 CELL = 21  # three by three cells; one digit or one decoy in each at most
 INK = 64  # of 255: fainter ink does not widen the ROI
+BACKGROUND = (20, 90)
 
 _SPLIT_OF_TENTH = ("train",) * 7 + ("val",) + ("test",) * 2
 
-
-class Palette(NamedTuple):
-    """Colours of one image: what lies in front is brighter than the background, or darker, throughout."""
-
-    background: tuple[int, int]
-    ink: tuple[int, int]
-
-    def colour(self, rng: np.random.Generator) -> tuple[int, int, int]:
-        """Draw one RGB colour for a digit, a decoy or a stroke: all come from the same range."""
-        red, green, blue = rng.integers(*self.ink, 3).tolist()
-        return red, green, blue
-
-
-DARK = Palette((20, 90), (120, 256))
-LIGHT = Palette((165, 235), (0, 136))
 
 
 @cache
@@ -111,12 +97,11 @@ def _draw(rng: np.random.Generator, label: int, pool: list[np.ndarray]) -> Item:
     classes = [label, *others[: rng.integers(1, 4)]]
     decoys = others[: rng.integers(1, 4)]
     cells = _shuffled(rng, 9).tolist()
-    palette = (DARK, LIGHT)[rng.integers(2)]
-    canvas = _background(rng, palette)
+    canvas = _background(rng)
     for digit in decoys:
-        _paste(rng, canvas, _scrambled(rng, _pick(rng, pool[digit])), cells.pop(), palette)
-    roi = {d: _paste(rng, canvas, _pick(rng, pool[d]), cells.pop(), palette) for d in classes}
-    noise = rng.integers(-14, 15, (CANVAS, CANVAS, 3))
+        _paste(rng, canvas, _scrambled(rng, _pick(rng, pool[digit])), cells.pop())
+    roi = {d: _paste(rng, canvas, _pick(rng, pool[d]), cells.pop()) for d in classes}
+    noise = rng.integers(-10, 11, (CANVAS, CANVAS, 3))
     image = np.clip(np.asarray(canvas).astype(np.int64) + noise, 0, 255).astype(np.uint8)
     return Item(image, dict(sorted(roi.items())))
 
@@ -136,14 +121,14 @@ def _scrambled(rng: np.random.Generator, digit: np.ndarray) -> np.ndarray:
     return blocks.reshape(4, 4, 2, 2).swapaxes(1, 2).reshape(8, 8)
 
 
-def _background(rng: np.random.Generator, palette: Palette) -> Image.Image:
+def _background(rng: np.random.Generator) -> Image.Image:
     """Smooth colour clouds with a few straight and curved strokes."""
-    clouds = rng.integers(*palette.background, (5, 5, 3)).astype(np.uint8)
+    clouds = rng.integers(*BACKGROUND, (5, 5, 3)).astype(np.uint8)
     canvas = Image.fromarray(clouds).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
     for _ in range(rng.integers(3, 7)):
         x0, x1, y0, y1 = *sorted(rng.integers(-8, CANVAS + 8, 2).tolist()), *rng.integers(0, CANVAS, 2).tolist()
-        colour, width = palette.colour(rng), int(rng.integers(1, 3))
+        colour, width = _colour(rng), int(rng.integers(1, 3))
         if rng.integers(2):
             pen.line((x0, y0, x1, y1), colour, width)
         else:
@@ -152,15 +137,19 @@ def _background(rng: np.random.Generator, palette: Palette) -> Image.Image:
     return canvas
 
 
-def _paste(
-    rng: np.random.Generator, canvas: Image.Image, digit: np.ndarray, cell: int, palette: Palette
-) -> np.ndarray:
+def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
+    """One RGB colour for a digit, a decoy or a stroke: all come from the same range."""
+    red, green, blue = rng.integers(120, 256, 3).tolist()
+    return red, green, blue
+
+
+def _paste(rng: np.random.Generator, canvas: Image.Image, digit: np.ndarray, cell: int) -> np.ndarray:
     """Ink a digit (8, 8) into a cell of the canvas; return the filled bounding box of its ink (H, W) bool."""
     size = int(rng.integers(16, 21))
     row, column = divmod(cell, 3)
-    left, top = (np.array([column, row]) * CELL + rng.integers(0, CELL + 1 - size, 2) + rng.integers(2)).tolist()
+    left, top = (np.array([column, row]) * CELL + rng.integers(0, CELL + 1 - size, 2)).tolist()
     ink = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
-    canvas.paste(palette.colour(rng), (left, top), ink)
+    canvas.paste(_colour(rng), (left, top), ink)
     rows, columns = np.nonzero(np.asarray(ink) >= INK)
     mask = np.zeros((CANVAS, CANVAS), bool)
     mask[top + rows.min() : top + rows.max() + 1, left + columns.min() : left + columns.max() + 1] = True
