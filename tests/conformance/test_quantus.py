@@ -1,0 +1,97 @@
+"""Every adapter inside Quantus itself, under ``torch.no_grad``, with a model that needs gradients to run at all."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import quantus
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import adapters
+from metrics.quantus_bridge import GradientModel
+
+PRIOR = np.outer(np.arange(32), np.arange(32)) + 1.0
+FEW = {"lime": {"num_samples": 12}, "integrated_gradients": {"n_steps": 4}}
+
+
+class HookedAttention(Attention):
+    """Registers a backward hook in its forward pass, as the released LRP models do."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().forward(x, *args, **kwargs)
+        out.register_hook(lambda gradient: gradient)
+        return out
+
+
+@pytest.fixture(scope="module")
+def hooked() -> VisionTransformer:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    for block in model.blocks:
+        block.attn.__class__ = HookedAttention
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((3, 1, 32, 32))
+    mask[:, :, 8:16, 8:24] = 1
+    return {
+        "x_batch": rng.random((3, 3, 32, 32)).astype(np.float32),
+        "y_batch": np.array([0, 1, 2]),
+        "s_batch": mask,
+    }
+
+
+def methods() -> dict[str, Any]:
+    return {name: adapters.get(name, **FEW.get(name, {})) for name in adapters.registry.names()}
+
+
+def test_the_bare_model_cannot_run_without_gradients(hooked: VisionTransformer, batch: dict[str, np.ndarray]) -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match="doesn't require gradient"):
+        hooked(torch.from_numpy(batch["x_batch"]))
+
+
+def test_every_adapter_works_unmodified_in_quantus_evaluate(hooked: VisionTransformer, batch: dict[str, np.ndarray]) -> None:
+    instances = {
+        "Sparseness": quantus.Sparseness(disable_warnings=True),
+        "Relevance Rank Accuracy": quantus.RelevanceRankAccuracy(disable_warnings=True),
+        "Random Logit": quantus.RandomLogit(num_classes=4, disable_warnings=True),
+    }
+    with torch.no_grad():
+        results = quantus.evaluate(
+            metrics=instances,
+            # A constant map is refused by Quantus's own assertions.
+            xai_methods={name: method for name, method in methods().items() if name != "constant"},
+            model=GradientModel(hooked),
+            **batch,
+            explain_func_kwargs={"roi_prior": PRIOR},
+        )
+    assert set(results) == set(methods()) - {"constant"}
+    for name, scores in results.items():
+        assert set(scores) == set(instances), name
+        for metric, values in scores.items():
+            assert np.shape(values) == (3,) and np.isfinite(values).all(), (name, metric)
+
+
+@pytest.mark.parametrize("name", adapters.registry.names())
+def test_every_adapter_works_unmodified_in_random_logit(
+    name: str, hooked: VisionTransformer, batch: dict[str, np.ndarray]
+) -> None:
+    method, model = methods()[name], GradientModel(hooked)
+    metric = quantus.RandomLogit(num_classes=4, seed=1, disable_warnings=True)
+    call: dict[str, Any] = {"explain_func": method, "explain_func_kwargs": {"roi_prior": PRIOR}, "channel_first": True}
+    with torch.no_grad():
+        if name == "constant":
+            with pytest.raises(AssertionError, match="all equal to one"):  # Quantus scores no constant map
+                metric(model=model, x_batch=batch["x_batch"], y_batch=batch["y_batch"], **call)
+            return
+        scores = metric(model=model, x_batch=batch["x_batch"], y_batch=batch["y_batch"], **call)
+    assert len(scores) == 3 and np.isfinite(scores).all()
+    assert method.class_discriminative != np.allclose(scores, 1, atol=1e-6)
