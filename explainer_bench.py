@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cached_property
 from pathlib import Path
@@ -161,7 +161,7 @@ class Registry(Generic[T]):
         The package whose modules are scanned; a new file there needs no registration.
     """
 
-    def __init__(self, kind: str, base: Callable[..., T], package: str) -> None:
+    def __init__(self, kind: str, base: type, package: str) -> None:
         self.kind, self.base, self.package = kind, base, package
 
     @cached_property
@@ -178,8 +178,8 @@ class Registry(Generic[T]):
         return dict(sorted(by_name.items()))
 
     def _in_module(self, module: ModuleType) -> list[type[T]]:
-        classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, self.base)]  # type: ignore
-        return [c for c in classes if c.__module__ == module.__name__ and c.name]
+        classes: list[Any] = [c for c in vars(module).values() if inspect.isclass(c)]
+        return [c for c in classes if issubclass(c, self.base) and c.__module__ == module.__name__ and c.name]
 
     def names(self) -> list[str]:
         """Sorted names."""

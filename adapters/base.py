@@ -113,8 +113,8 @@ class Explainer(Component):
         """Bring (N, h, w) maps to (N, H, W) by the explainer's `upsampling`."""
         if tuple(native.shape[-2:]) == size:
             return native
-        smooth = {"mode": "bilinear", "align_corners": False} if self.upsampling == "bilinear" else {}
-        return F.interpolate(native[:, None], size=size, **(smooth or {"mode": "nearest-exact"}))[:, 0]
+        mode = {"nearest": "nearest-exact"}.get(self.upsampling, self.upsampling)
+        return F.interpolate(native[:, None], size=size, mode=mode)[:, 0]
 
     def _per_sample(self, name: str, value: Any, inputs: Tensor) -> Tensor:
         if value is None:

@@ -23,7 +23,5 @@ class IntegratedGradients(Explainer):
     def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
         """Return (N, H, W) signed scores that sum to the logit's difference from the baseline's."""
         method = captum.attr.IntegratedGradients(model)
-        scores = method.attribute(
-            inputs, target=targets, n_steps=self.n_steps, internal_batch_size=4 * len(inputs)
-        )
+        scores = method.attribute(inputs, target=targets, n_steps=self.n_steps, internal_batch_size=4 * len(inputs))
         return scores.sum(1)

@@ -34,7 +34,7 @@ class Lime(Explainer):
         image = inputs[0].detach().permute(1, 2, 0).double().cpu().numpy()
 
         def probabilities(images: np.ndarray) -> np.ndarray:
-            batch = torch.as_tensor(np.stack(images)).permute(0, 3, 1, 2).to(inputs)
+            batch = torch.as_tensor(images).permute(0, 3, 1, 2).to(inputs)
             return predict(model, batch).softmax(1).double().cpu().numpy()
 
         explainer = LimeImageExplainer(random_state=np.random.randint(2**31 - 1))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adapters import vit
@@ -59,7 +59,7 @@ class TransformerAttribution(vit.ViTExplainer):
 class _Tape:
     """The activations of one forward pass, and the relevance rules that walk back over them."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: VisionTransformer) -> None:
         self.vit = transformer
         self.seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -103,7 +103,7 @@ class _Tape:
         of_input, of_attention = self.attention(block.attn, self.linear(block.attn.proj, branch), attention.detach())
         return skip + of_input, of_attention
 
-    def attention(self, layer: nn.Module, relevance: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+    def attention(self, layer: Attention, relevance: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
         """Split relevance between the operands of each product, half each, back to the layer's input."""
         projected = self.seen[layer.qkv][1].unflatten(-1, (3, layer.num_heads, layer.head_dim))
         query, key, value = projected.permute(2, 0, 3, 1, 4)

@@ -82,7 +82,7 @@ def run(
     stages : sequence of str, optional
         Only these of predict, explain, score; then no boards are made.
     fresh : bool
-        Refuse a folder that already holds a run.
+        Compute finished cells again.
     progress : callable
         ``progress(stage, done, total)``, in shards.
 
@@ -94,10 +94,8 @@ def run(
     start = time.perf_counter()
     out = Path(out)
     chosen = suites.load(suite) if isinstance(suite, str) else suite
-    if fresh and (out / "plan.json").exists():
-        raise RequestError(f"{out} already holds a run: name another folder with --out, or leave out --fresh.")
     root = Path(data_root) if data_root is not None else None
-    this = Run(chosen, out, root, choose_device(device), batch_size, shard)
+    this = Run(chosen, out, root, choose_device(device), batch_size, shard, fresh)
     this.execute(tuple(stages) if stages else STAGES, progress)
     counts = dict(this.done)
     if stages:
@@ -111,8 +109,8 @@ def run(
 
 
 def _failures(report: reports.Report) -> list[str]:
-    lines = []
-    for board in report.boards.wide.values():
-        for row in board[board["status"] == "failed"].itertuples():
-            lines.append(f"{row.explainer} on {row.dataset}, {row.model}: {row.n_failed} samples: {row.info}")
-    return lines
+    return [
+        f"{row.explainer} on {row.dataset}, {row.model}: {row.n_failed} samples: {row.info}"
+        for board in report.boards.wide.values()
+        for row in board[board["status"] == "failed"].itertuples()
+    ]

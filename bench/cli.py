@@ -21,7 +21,8 @@ from explainer_bench import Component, RequestError, __version__, split_specs
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
 app.add_typer(data_app, name="data")
-out, err = Console(), Console(stderr=True)
+_WIDTH = None if sys.stdout.isatty() else 160  # tables in files and pipes are not folded to 80 columns
+out, err = Console(width=_WIDTH), Console(stderr=True)
 
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the data set.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -80,11 +81,12 @@ def run(
     shard: Annotated[str, typer.Option(help="i/n: compute only the i-th of n parts, for job arrays.")] = "1/1",
     output: Annotated[Path | None, typer.Option("--out", help="Folder; runs/SUITE by default.")] = None,
     stage: Annotated[Stage | None, typer.Option(help="Compute only this stage.")] = None,
-    fresh: Annotated[bool, typer.Option(help="Refuse to go on from finished cells in the folder.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Compute finished cells again.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the suite's seed.")] = None,
 ) -> None:
     """Compute a suite, or what is missing of it, and print its boards."""
-    from bench import api, suite as suites
+    from bench import api
+    from bench import suite as suites
 
     chosen = suites.load(
         suite,
@@ -96,7 +98,7 @@ def run(
         seed=seed,
     )
     folder = output or Path("runs") / chosen.name
-    with _progress() as progress:
+    with _bars("shards") as progress:
         result = api.run(
             chosen,
             out=folder,
@@ -154,21 +156,21 @@ def _print_table(table: Any, title: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar per stage with rate and time left on a terminal; a line per stage elsewhere."""
-    columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), "shards")
+def _bars(unit: str) -> Iterator[Callable[..., None]]:
+    """Show a bar per task with rate and time left on a terminal; elsewhere a line per finished task."""
+    columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), unit)
     times = (rich.progress.TimeElapsedColumn(), "elapsed,", rich.progress.TimeRemainingColumn(), "left")
     with rich.progress.Progress(*columns, *times, console=err, disable=not err.is_terminal) as bars:
         tasks: dict[str, rich.progress.TaskID] = {}
         starts: dict[str, float] = {}
 
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                starts[stage] = time.perf_counter()
-            bars.update(tasks[stage], completed=done)
+        def update(task: str, done: int, total: int, note: str = "") -> None:
+            if task not in tasks:
+                tasks[task] = bars.add_task(task, total=total)
+                starts[task] = time.perf_counter()
+            bars.update(tasks[task], completed=done, description=f"{task} {note}")
             if done == total and not err.is_terminal:
-                err.print(f"{stage}: {total} shards in {time.perf_counter() - starts[stage]:.1f} s", highlight=False)
+                err.print(f"{task}: {total} {unit} in {time.perf_counter() - starts[task]:.1f} s", highlight=False)
 
         yield update
 
@@ -212,7 +214,9 @@ def _catalogue(kind: Kind) -> list[dict[str, Any]]:
     if kind is Kind.suites:
         return [{"name": s.name, "description": s.description} for s in map(suite.load, suite.names())]
     if kind is Kind.models:
-        return models.catalogue()
+        rows = [{"name": name, "what": "shipped with the package"} for name in models.shipped()]
+        rows += [{"name": "FILE.safetensors", "what": "a checkpoint of `explainer-bench train`"}]
+        return [*rows, {"name": "NAME[weights=FILE]", "what": "any timm image classifier, with local weights"}]
     registries = {"explainers": adapters, "metrics": metrics, "datasets": datasets, "recipes": recipes}
     facts = {
         "explainers": ("family", "signed", "class_discriminative", "stochastic", "trivial"),
@@ -245,11 +249,18 @@ def train(
 
     folder = output or Path("checkpoints") / recipe.partition("[")[0]
 
-    def progress(line: str) -> None:
-        err.print(line, markup=False, highlight=False)
-
     chosen = str(api.choose_device(device))
-    report = training.train(recipe, folder, data_root, weights, fraction, chosen, seed, progress)
+    with _bars("steps") as update:
+        report = training.train(
+            recipe,
+            folder,
+            data_root,
+            weights,
+            fraction,
+            chosen,
+            seed,
+            lambda done, total, what: update(what, done, total),
+        )
     out.print_json(json.dumps(report, default=str))
 
 

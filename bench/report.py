@@ -154,9 +154,11 @@ def read(folder: Path) -> Report:
         raise RequestError(f"{folder} holds no plan.json: name the output folder of a run.")
     plan = store.read_json("plan.json")
     cells = pd.DataFrame(plan["cells"])
-    cells["error"] = [_error(store, cell) for cell in cells.itertuples()]
+    cells["error"] = [_error(store, cell) for cell in plan["cells"]]
     cells["done"] = [store.exists(cell, "parquet") for cell in cells["scores"]]
-    scores = [store.read_table(c.scores).assign(**_names(c)) for c in cells[cells["done"]].itertuples()]
+    scores = [
+        store.read_table(cell["scores"]).assign(**_names(cell)) for cell in cells[cells["done"]].to_dict("records")
+    ]
     if not scores:
         raise RequestError(f"{folder} holds no finished cell yet: run the suite, or see {folder}/failures.")
     explainers = [_explainer_row(store, row, cells) for row in plan["explainers"]]
@@ -167,19 +169,21 @@ def read(folder: Path) -> Report:
     return Report(boards, done, failed, len(cells) - done - failed)
 
 
-def _names(cell: Any) -> dict[str, str]:
-    return {"dataset": cell.dataset, "model": cell.model, "explainer": cell.explainer, "metric": cell.metric}
+def _names(cell: Mapping[Any, Any]) -> dict[str, Any]:
+    return {name: cell[name] for name in ("dataset", "model", "explainer", "metric")}
 
 
-def _error(store: Store, cell: Any) -> str:
+def _error(store: Store, cell: Mapping[str, Any]) -> str:
     """Return the first recorded error on the way to a score that is not there."""
-    if store.exists(cell.scores, "parquet"):
+    if store.exists(cell["scores"], "parquet"):
         return ""
-    return next(filter(None, map(store.failure, [*cell.explanations, cell.scores])), "")
+    return next(filter(None, map(store.failure, [*cell["explanations"], cell["scores"]])), "")
 
 
 def _explainer_row(store: Store, row: Mapping[str, Any], cells: pd.DataFrame) -> dict[str, Any]:
-    mine = cells[(cells[["dataset", "model", "explainer"]] == [row["dataset"], row["model"], row["explainer"]]).all(axis=1)]
+    mine = cells[
+        (cells[["dataset", "model", "explainer"]] == [row["dataset"], row["model"], row["explainer"]]).all(axis=1)
+    ]
     per_shard = mine.groupby("shard")
     failed = mine[mine["error"] != ""]
     status = {"status": "failed", "info": failed["error"].iloc[0]} if len(failed) else {}

@@ -76,6 +76,8 @@ class Run:
         Perturbed images per forward pass.
     shard : (int, int)
         ``(i, n)``: compute only every n-th shard of samples, starting with the i-th (from 1).
+    fresh : bool
+        Compute finished cells again.
 
     Raises
     ------
@@ -89,6 +91,7 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int = 16
     shard: tuple[int, int] = (1, 1)
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         self.explainers = _unique([adapters.get(spec) for spec in self.suite.explainers])
@@ -161,7 +164,7 @@ class Run:
         self.done["predictions computed"] += 1
 
     def _is_done(self, kind: str, cell: str, ending: str) -> bool:
-        there = self.store.exists(cell, ending)
+        there = not self.fresh and self.store.exists(cell, ending)
         self.done[f"{kind} found"] += there
         return there
 
@@ -269,7 +272,9 @@ class Run:
         self, problem: Problem, shard: Shard, explainer: Explainer, known: Known, shared: dict[Any, np.ndarray]
     ) -> Samples:
         """Return what the metrics may look at; the further classes' maps are read, never explained again."""
-        stored = {c.tobytes(): (c, self.maps(problem, shard, explainer, c).double().numpy()) for c in known.classes(explainer)}
+        stored = {
+            c.tobytes(): (c, self.maps(problem, shard, explainer, c).double().numpy()) for c in known.classes(explainer)
+        }
         by_class = [{int(c[row]): maps[row] for c, maps in stored.values()} for row in range(len(shard.samples))]
         target_maps = stored[known.targets.tobytes()][1]
 

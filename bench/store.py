@@ -96,7 +96,9 @@ class Store:
     def fail(self, cell: str, error: Exception) -> None:
         """Record why a cell could not be computed, apart from the results."""
         line = " ".join(f"{type(error).__name__}: {error}".split())
-        self.write_json(f"failures/{cell}.json", {"error": line, "traceback": "".join(traceback.format_exception(error))})
+        self.write_json(
+            f"failures/{cell}.json", {"error": line, "traceback": "".join(traceback.format_exception(error))}
+        )
 
     def failure(self, cell: str) -> str:
         """Return the recorded error of a cell in one line, or ""."""

@@ -34,7 +34,9 @@ class Careless(Explainer):
 
 
 def facts(model: nn.Module) -> list[object]:
-    modules = [(m.training, sorted(vars(m)), len(m._forward_hooks), getattr(m, "fused_attn", 0)) for m in model.modules()]
+    modules = [
+        (m.training, sorted(vars(m)), len(m._forward_hooks), getattr(m, "fused_attn", 0)) for m in model.modules()
+    ]
     return [modules, [(p.requires_grad, p.grad) for p in model.parameters()]]
 
 

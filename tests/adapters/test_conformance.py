@@ -36,7 +36,10 @@ def explain(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, **kwar
 
 
 def state(model: nn.Module) -> list[Any]:
-    modules = [(m.training, getattr(m, "fused_attn", None), sorted(vars(m)), m.__dict__.get("forward")) for m in model.modules()]
+    modules = [
+        (m.training, getattr(m, "fused_attn", None), sorted(vars(m)), m.__dict__.get("forward"))
+        for m in model.modules()
+    ]
     hooks = [
         len(getattr(m, kind))
         for m in model.modules()

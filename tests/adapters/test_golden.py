@@ -29,7 +29,9 @@ def inputs(shared: Path) -> torch.Tensor:
     return torch.from_numpy((np.stack(pixels) / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
 
 
-def deviations(shared: Path, model: torch.nn.Module, inputs: torch.Tensor, spec: str, key: str) -> list[tuple[float, float]]:
+def deviations(
+    shared: Path, model: torch.nn.Module, inputs: torch.Tensor, spec: str, key: str
+) -> list[tuple[float, float]]:
     """Per image, the largest difference relative to the largest value, and Spearman's correlation."""
     golden = np.load(shared / "golden/explainers_vit_tiny.npz")
     maps = adapters.get(spec).explain(model, inputs, [target for _, target in CASES]).flatten(1).numpy()
@@ -48,7 +50,9 @@ def deviations(shared: Path, model: torch.nn.Module, inputs: torch.Tensor, spec:
         ("cdam", "cdam"),
     ],
 )
-def test_agrees_with_the_authors(shared: Path, model: torch.nn.Module, inputs: torch.Tensor, spec: str, key: str) -> None:
+def test_agrees_with_the_authors(
+    shared: Path, model: torch.nn.Module, inputs: torch.Tensor, spec: str, key: str
+) -> None:
     for difference, correlation in deviations(shared, model, inputs, spec, key):
         assert difference <= 1e-4
         assert correlation >= 0.9999

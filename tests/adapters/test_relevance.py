@@ -57,7 +57,9 @@ def reference(model: VisionTransformer, image: Tensor, target: int, start_layer:
     one_hot = torch.eye(model.head.out_features, dtype=final.dtype)[target][None]
     relevance[:, 0] = linear(final[:, 0].detach(), model.head.weight, one_hot)
     chain = torch.eye(final.shape[1], dtype=final.dtype)
-    for block, tokens, normed, q, k, v, attention, mixed, first, middle, hidden_in, hidden, second in tape[:start_layer - 1 if start_layer else None:-1]:
+    for block, tokens, normed, q, k, v, attention, mixed, first, middle, hidden_in, hidden, second in tape[
+        : start_layer - 1 if start_layer else None : -1
+    ]:
         skip, branch = add(middle.detach(), second.detach(), relevance)
         branch = linear(hidden.detach(), block.mlp.fc2.weight, branch)
         relevance = skip + linear(hidden_in.detach(), block.mlp.fc1.weight, branch)
@@ -67,7 +69,9 @@ def reference(model: VisionTransformer, image: Tensor, target: int, start_layer:
         of_query, of_key = (part / 2 for part in relprop(lambda x, y: x @ y.mT, [q, k], of_attention))
         joined = torch.stack([of_query, of_key, of_value]).permute(1, 3, 0, 2, 4).flatten(2)
         relevance = skip + linear(normed.detach(), block.attn.qkv.weight, joined)
-        chain = chain @ (torch.eye(len(chain), dtype=chain.dtype) + (attention.grad * of_attention).clamp(min=0).mean(1)[0])
+        chain = chain @ (
+            torch.eye(len(chain), dtype=chain.dtype) + (attention.grad * of_attention).clamp(min=0).mean(1)[0]
+        )
     return chain[0, model.num_prefix_tokens :].detach()
 
 

@@ -58,7 +58,9 @@ def test_the_bare_model_cannot_run_without_gradients(hooked: VisionTransformer, 
         hooked(torch.from_numpy(batch["x_batch"]))
 
 
-def test_every_adapter_works_unmodified_in_quantus_evaluate(hooked: VisionTransformer, batch: dict[str, np.ndarray]) -> None:
+def test_every_adapter_works_unmodified_in_quantus_evaluate(
+    hooked: VisionTransformer, batch: dict[str, np.ndarray]
+) -> None:
     instances = {
         "Sparseness": quantus.Sparseness(disable_warnings=True),
         "Relevance Rank Accuracy": quantus.RelevanceRankAccuracy(disable_warnings=True),
