@@ -132,13 +132,11 @@ def read(recipe: Recipe, dataset: Dataset, samples: list[Sample], model: Model) 
     return Arrays(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(np.stack(targets)))
 
 
-def fit(
-    recipe: Recipe, model: Model, train: Arrays, val: Arrays, device: str, seed: int, progress: Progress
-) -> Fit:
+def fit(recipe: Recipe, model: Model, train: Arrays, val: Arrays, device: str, seed: int, progress: Progress) -> Fit:
     """Train `model` in place and leave it with the weights of the epoch of least validation loss, frozen."""
     module = model.module.to(device).requires_grad_(True)
     generator = np.random.default_rng(seed)
-    steps = recipe.epochs * math.ceil(len(train.images) / recipe.batch_size)
+    steps, done = recipe.epochs * math.ceil(len(train.images) / recipe.batch_size), 0
     optimizer, scheduler = _optimizer(recipe, module, steps)
     best: dict[str, Tensor] = {}
     fitted = Fit(0, [])
@@ -147,10 +145,11 @@ def fit(
         losses = []
         module.train()
         for rows in _batches(len(train.images), recipe.batch_size, generator):
-            images = recipe.augment(train.images[rows], generator)
-            loss = recipe.training_loss(module, model.normalise(images.to(device)), train.targets[rows].to(device))
+            inputs = model.normalise(recipe.augment(train.images[rows], generator).to(device))
+            targets = train.targets[rows].to(device)
+            loss = recipe.training_loss(module, inputs, targets, done / steps, generator)
             losses.append(_step(module, loss, optimizer, scheduler))
-            done = (epoch - 1) * math.ceil(len(train.images) / recipe.batch_size) + len(losses)
+            done += 1
             progress(done, steps, f"epoch {epoch}, loss {losses[-1]:.3f}")
         val_loss = _validate(recipe, model, val, device)
         seconds = round(time.perf_counter() - begun, 1)

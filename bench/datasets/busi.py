@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
@@ -57,7 +56,11 @@ class Busi(Dataset):
     seed : int
         Another seed, another division.
     threshold : float
-        Correlation of two 32 x 32 grey thumbnails from which on the images are near-duplicates.
+        Correlation of two 32 x 32 grey thumbnails from which on the images are near-duplicates. Seen in the
+        archive: down to 0.93 nearly every pair is the same lesion; below 0.92 unrelated pairs (similar depth
+        and shadow) begin to mix in; at 0.904 there are still pairs of one lesion rescaled. At 0.90 the 286
+        pairs join 780 images into 569 groups, the largest of 18; at 0.88 chains of unrelated images join.
+        A pair joined wrongly costs nothing but freedom in the split, one missed leaks.
     """
 
     name = "busi"
@@ -65,7 +68,7 @@ class Busi(Dataset):
     class_names = ("benign", "malignant", "normal")
     licence: ClassVar[str] = "free for research with citation (Data in Brief 28:104863); its authors name no licence"
     where: ClassVar[str] = "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset"
-    tree: ClassVar[str] = f"{FOLDER}/{{benign,malignant,normal}}/CLASS (i).png, CLASS (i)_mask.png, CLASS (i)_mask_1.png"
+    tree: ClassVar[str] = f"{FOLDER}/{{benign,malignant,normal}}/ with CLASS (i).png, CLASS (i)_mask.png, _mask_1.png"
     reference = "https://doi.org/10.1016/j.dib.2019.104863"
 
     seed: Annotated[int, Field(ge=0)] = 0

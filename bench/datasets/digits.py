@@ -21,7 +21,6 @@ BACKGROUND = (20, 90)
 _SPLIT_OF_TENTH = ("train",) * 7 + ("val",) + ("test",) * 2
 
 
-
 @cache
 def originals() -> dict[str, list[np.ndarray]]:
     """Return for each split and digit the original digits, (n, 8, 8) uint8.

@@ -73,8 +73,10 @@ class Recipe(Component):
         """Loss of logits (B, K), the mean over the batch; what early stopping watches on the validation split."""
         raise NotImplementedError
 
-    def training_loss(self, module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss that is minimised, of normalised inputs (B, 3, H, W)."""
+    def training_loss(
+        self, module: nn.Module, inputs: Tensor, targets: Tensor, done: float, generator: np.random.Generator
+    ) -> Tensor:
+        """Loss that is minimised, of normalised inputs (B, 3, H, W), when a share `done` of all steps is over."""
         return self.loss(module(inputs), targets)
 
     def measure(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:

@@ -195,7 +195,7 @@ def test_busi_missing_mask(root):
         (lambda path: path / "nowhere", "no such folder"),
         (lambda path: path, "the folder is empty"),
         (lambda path: (path / "cats").mkdir() or path, "found cats"),
-        (lambda path: (path / "file").write_text("") and None or path / "file", "a file, not a folder"),
+        (lambda path: (path / "file").write_text("x") and path / "file", "a file, not a folder"),
     ],
 )
 def test_busi_wrong_root_says_what_is_expected(tmp_path, make, found):
