@@ -109,11 +109,11 @@ class Run:
             cls = datasets.registry.find(dataset_spec.partition("[")[0])
             root = {} if cls.where == "embedded" else {"root": self.data_root}
             dataset = datasets.get(dataset_spec, **root)
+            self._check_target(dataset.class_names)
+            samples = dataset.samples  # tells of a wrong root before models are loaded
             for spec in self.suite.models:
                 model = models.get(spec, class_names=dataset.class_names, device=self.device)
-                problem = Problem(dataset, model, self.suite.samples, self.suite.seed)
-                self._check_target(dataset.class_names)
-                yield problem
+                yield Problem(dataset, model, min(self.suite.samples, len(samples)), self.suite.seed)
 
     def _check_target(self, class_names: tuple[str, ...]) -> None:
         target = self.suite.target
