@@ -13,6 +13,7 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,6 @@ class Model:
     architecture: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        self.fingerprint = self.fingerprint or self._fingerprint()
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -80,6 +77,16 @@ class Model:
         embed = getattr(self.module, "patch_embed", None)
         height, width = getattr(embed, "patch_size", None) or [max(1, round(side / 14)) for side in self.input_size]
         return int(height), int(width)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of architecture, preprocessing and float32 weights, in 16 hex digits."""
+        recipe = [self.architecture, self.kwargs, self.preprocessing]
+        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
+        for key, tensor in sorted(self.module.state_dict().items()):
+            value = tensor.float() if tensor.is_floating_point() else tensor
+            digest.update(f"{key}{tuple(tensor.shape)}".encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -120,15 +127,6 @@ class Model:
             return array
         height, width = self.input_size
         return np.array(Image.fromarray(array).resize((width, height), filter_))
-
-    def _fingerprint(self) -> str:
-        """SHA-256 of architecture, preprocessing and float32 weights, in 16 hex digits."""
-        recipe = [self.architecture, self.kwargs, self.preprocessing]
-        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-        for key, tensor in sorted(self.module.state_dict().items()):
-            value = tensor.float() if tensor.is_floating_point() else tensor
-            digest.update(f"{key}{tuple(tensor.shape)}".encode() + value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def shipped() -> dict[str, Path]:
@@ -206,7 +204,6 @@ def _from_architecture(spec: str, weights: str | Path | None) -> Model:
         return _from_checkpoint(Path(weights))
     model = create(name, num_classes=_count_classes(name, state))
     load_strict(model.module, state, Path(weights), name)
-    model.fingerprint = model._fingerprint()
     return model
 
 

@@ -161,7 +161,6 @@ def fit(recipe: Recipe, model: Model, train: Arrays, val: Arrays, device: str, s
             break
     module.load_state_dict(best)
     module.eval().requires_grad_(False)
-    model.fingerprint = ""
     return fitted
 
 

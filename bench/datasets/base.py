@@ -116,7 +116,7 @@ def check(dataset: Dataset) -> Check:
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
     for split in dataset.splits:
-        part = replace(dataset, split=split)
+        part = replace(dataset, split=split)  # type: ignore[arg-type]
         areas = {sample.id: _roi_areas(part, sample, errors) for sample in part.samples}
         rows += [_count(part, label, areas) for label in range(len(part.class_names))]
     return Check(pd.DataFrame(rows), errors)

@@ -126,7 +126,8 @@ def _background(rng: np.random.Generator) -> Image.Image:
     canvas = Image.fromarray(clouds).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
     for _ in range(rng.integers(3, 7)):
-        x0, x1, y0, y1 = *sorted(rng.integers(-8, CANVAS + 8, 2).tolist()), *rng.integers(0, CANVAS, 2).tolist()
+        x0, x1 = sorted(rng.integers(-8, CANVAS + 8, 2).tolist())
+        y0, y1 = rng.integers(0, CANVAS, 2).tolist()
         colour, width = _colour(rng), int(rng.integers(1, 3))
         if rng.integers(2):
             pen.line((x0, y0, x1, y1), colour, width)
