@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -46,6 +47,18 @@ def did_you_mean(word: str, known: list[str]) -> str:
     """
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(near)}?" if near else f" Known: {', '.join(sorted(known))}."
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write a file in one step: whoever looks finds the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
 
 
 @dataclass_transform(kw_only_default=True)

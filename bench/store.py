@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import traceback
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from explainer_bench import Component, RequestError
+from explainer_bench import Component, RequestError, write_atomically
 
 
 def key(*parts: Any) -> str:
@@ -57,12 +56,8 @@ class Store:
         return (self.root / f"{cell}.{ending}").exists()
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file so that it is there whole or not at all."""
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        """Write a file of the run."""
+        write_atomically(self.root / name, content)
 
     def write_table(self, cell: str, table: pd.DataFrame) -> None:
         """Write a table as Parquet."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from explainer_bench import RequestError
+from explainer_bench import RequestError, write_atomically
 from leaderboards import statistics
 from leaderboards.aggregate import build_model
 
@@ -167,18 +166,6 @@ def _plain(cell: object) -> object:
     return f"'{text}" if cell.startswith(("\t", "\r")) or text.startswith(("=", "+", "-", "@")) else text
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a file in one step: whoever looks finds the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8", newline="")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
 def csv_name(dataset: str, ending: str) -> str:
     """Return the file name of a board: ``<dataset>.csv`` or ``<dataset>.long.csv``, safe on every system."""
     return f"{re.sub(r'[^A-Za-z0-9._=,-]+', '_', dataset)}.{ending}"
@@ -194,7 +181,8 @@ def write(boards: Boards, folder: Path) -> list[Path]:
         for dataset, table in tables.items():
             plain = table.rename(columns=_plain).map(_plain)
             path = Path(folder) / csv_name(dataset, ending)
-            paths.append(write_text(path, plain.to_csv(index=False, float_format="%.10g", lineterminator="\n")))
+            text = plain.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+            paths.append(write_atomically(path, text.encode()))
     return sorted(paths)
 
 

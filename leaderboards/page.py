@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from explainer_bench import write_atomically
 from leaderboards import figures
-from leaderboards.board import RUN_COLUMNS, Boards, csv_name, write_text
+from leaderboards.board import RUN_COLUMNS, Boards, csv_name
 
 GROUPS = {
     "faithfulness": "Does the map name what the model used? Perturbing what it marks must change the output.",
@@ -171,7 +172,7 @@ def write(boards: Boards, pictures: Sequence[Mapping[str, Any]], folder: Path) -
         library=_library(),
         gradients={"signed": figures.gradient(True), "unsigned": figures.gradient(False)},
     )
-    return write_text(Path(folder) / "index.html", html)
+    return write_atomically(Path(folder) / "index.html", html.encode())
 
 
 def _parts(name: str) -> list[str]:

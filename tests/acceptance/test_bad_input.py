@@ -36,7 +36,10 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["quickstart", "--explainers", "missing.py"], ["no such file", "missing.py"]),
         (["quickstart", "--metrics", "pointing_games"], ["unknown metric", "pointing_game"]),
         (["quickstart", "--dataset", "digit"], ["unknown dataset", "digits"]),
-        (["quickstart", "--model", "vit_tinny_patch16_224[weights=x]"], ["vit_tinny_patch16_224", "vit_tiny_patch16_224"]),
+        (
+            ["quickstart", "--model", "vit_tinny_patch16_224[weights=x]"],
+            ["vit_tinny_patch16_224", "vit_tiny_patch16_224"],
+        ),
         (["quickstart", "--model", "missing.safetensors"], ["no such", "missing.safetensors"]),
         (["quickstart", "--shard", "3/2"], ["--shard", "i/n"]),
         (["quickstart", "--device", "tpu0"], ["no device 'tpu0'"]),

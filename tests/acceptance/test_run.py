@@ -21,15 +21,57 @@ Command = Callable[..., Outcome]
 FAST = "cdam,rollout,random,constant"
 CHEAP = "srg[steps=4],pointing_game,sparseness,class_correlation"
 HERE = ["--explainers", FAST, "--metrics", CHEAP, "--samples", 20]
-BOARD = (
-    "dataset model explainer n_samples n_failed rank rank_low rank_high tie_group mean_rank faithfulness_rank "
-    "localization_rank compactness_rank class_sensitivity_rank"
-).split()
-LONG = (
-    "dataset dataset_fingerprint model model_fingerprint explainer explainer_version params metric metric_version group "
-    "higher_is_better n n_failed mean std ci_low ci_high chance rank rank_low rank_high tie_group seconds_per_image seed "
-    "device precision quantus torch explainer_bench git utc status info"
-).split()
+BOARD = [
+    "dataset",
+    "model",
+    "explainer",
+    "n_samples",
+    "n_failed",
+    "rank",
+    "rank_low",
+    "rank_high",
+    "tie_group",
+    "mean_rank",
+    "faithfulness_rank",
+    "localization_rank",
+    "compactness_rank",
+    "class_sensitivity_rank",
+]
+LONG = [
+    "dataset",
+    "dataset_fingerprint",
+    "model",
+    "model_fingerprint",
+    "explainer",
+    "explainer_version",
+    "params",
+    "metric",
+    "metric_version",
+    "group",
+    "higher_is_better",
+    "n",
+    "n_failed",
+    "mean",
+    "std",
+    "ci_low",
+    "ci_high",
+    "chance",
+    "rank",
+    "rank_low",
+    "rank_high",
+    "tie_group",
+    "seconds_per_image",
+    "seed",
+    "device",
+    "precision",
+    "quantus",
+    "torch",
+    "explainer_bench",
+    "git",
+    "utc",
+    "status",
+    "info",
+]
 
 
 @pytest.fixture(scope="module")

@@ -202,14 +202,6 @@ def test_file_names_stay_in_the_folder(tables, tmp_path):
     assert all(path.parent == tmp_path for path in leaderboards.write(boards, tmp_path))
 
 
-def test_writing_fails_whole(tables, tmp_path):
-    path = leaderboards.write(build(tables), tmp_path)[0]
-    before = path.read_bytes()
-    with pytest.raises(UnicodeEncodeError):
-        leaderboards.board.write_text(path, "half \ud800")
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
-
-
 def test_summary_fits_a_terminal(tables):
     text = leaderboards.summary(build(tables).wide["toy"])
     assert text.loc[0, "rank"].startswith("1 [1-") and text["rank"].iloc[-1] == ""
