@@ -63,19 +63,17 @@ class Problem:
         How many; all where there are fewer.
     seed : int
         Decides which, in an order that a larger number continues.
+    name : str, optional
+        What boards call the data set; its own name by default.
     """
 
-    def __init__(self, dataset: Dataset, model: Model, samples: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, model: Model, samples: int, seed: int, name: str = "") -> None:
         self.dataset, self.model = dataset, model
+        self.names = name or dataset.name, model.name
         order = sorted(dataset.samples, key=lambda s: hashlib.sha256(f"{seed} {s.id}".encode()).digest())
         self.samples = order[:samples]
         if not self.samples:
             raise RequestError(f"data set {dataset.name!r} has no samples in its split {dataset.split!r}.")
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """Data set and model, as boards name them."""
-        return self.dataset.name, self.model.name
 
     @property
     def n_shards(self) -> int:

@@ -97,6 +97,11 @@ class Run:
         self.explainers = _unique([adapters.get(spec) for spec in self.suite.explainers])
         self.metrics = _unique([metrics.get(spec) for spec in self.suite.metrics])
         self.problems = list(self._problems())
+        names = Counter(problem.names for problem in self.problems)
+        if twice := [" / ".join(name) for name, n in names.items() if n > 1]:
+            raise RequestError(
+                f"{twice[0]} comes twice: name each data set once, and give each checkpoint its own name."
+            )
         self.store = Store(self.out)
         self.done: Counter[str] = Counter()
         self.stages: dict[str, dict[str, float]] = {}
@@ -113,7 +118,7 @@ class Run:
             samples = dataset.samples  # tells of a wrong root before models are loaded
             for spec in self.suite.models:
                 model = models.get(spec, class_names=dataset.class_names, device=self.device)
-                yield Problem(dataset, model, min(self.suite.samples, len(samples)), self.suite.seed)
+                yield Problem(dataset, model, min(self.suite.samples, len(samples)), self.suite.seed, dataset_spec)
 
     def _check_target(self, class_names: tuple[str, ...]) -> None:
         target = self.suite.target

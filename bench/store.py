@@ -49,7 +49,8 @@ class Store:
 
     def path(self, kind: str, *names: str, key: str) -> str:
         """Return the cell's path relative to the root, without an ending."""
-        return "/".join([kind, *(re.sub(r"[^\w.=,\[\]-]+", "_", name) for name in names), key])
+        safe = [re.sub(r"^\.|[^\w.=,\[\]-]+", "_", name) for name in names]
+        return "/".join([kind, *safe, key])
 
     def exists(self, cell: str, ending: str) -> bool:
         """Whether the cell is done."""

@@ -34,6 +34,7 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["quickstart", "--explainers", "rollout[start_layer]"], ["param=value"]),
         (["quickstart", "--explainers", "rollout,rollout"], ["twice"]),
         (["quickstart", "--explainers", "missing.py"], ["no such file", "missing.py"]),
+        (["quickstart", "--model", "digits_vit", "--model", "digits_vit"], ["digits_vit comes twice"]),
         (["quickstart", "--metrics", "pointing_games"], ["unknown metric", "pointing_game"]),
         (["quickstart", "--dataset", "digit"], ["unknown dataset", "digits"]),
         (
