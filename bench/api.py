@@ -23,6 +23,8 @@ class Result:
     ----------
     counts : dict
         Cells found, computed and failed, by kind.
+    stages : dict
+        Per stage: seconds, seconds in the model's forward passes, and the process's peak memory so far in MiB.
     report : Report or None
         The boards, as ``report.boards.wide[dataset]`` and ``report.boards.long[dataset]``; None after a single stage.
     failures : list of str
@@ -30,6 +32,7 @@ class Result:
     """
 
     counts: dict[str, int]
+    stages: dict[str, dict[str, float]]
     report: reports.Report | None
     failures: list[str]
 
@@ -99,13 +102,13 @@ def run(
     this.execute(tuple(stages) if stages else STAGES, progress)
     counts = dict(this.done)
     if stages:
-        return Result(counts, None, [])
+        return Result(counts, this.stages, None, [])
     reports.write_plan(this)
     reports.write_pictures(this)
     report = reports.read(out)
     reports.write(report, out, out / "leaderboards")
     reports.write_manifest(this, time.perf_counter() - start)
-    return Result(counts, report, _failures(report))
+    return Result(counts, this.stages, report, _failures(report))
 
 
 def _failures(report: reports.Report) -> list[str]:

@@ -15,6 +15,7 @@ import rich.progress
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from explainer_bench import Component, RequestError, __version__, split_specs
 
@@ -111,6 +112,7 @@ def run(
             progress=progress,
         )
     out.print(_counts(result.counts), highlight=False)
+    out.print(_costs(result.stages), highlight=False)
     if result.report is None:
         return
     _print_boards(result.report)
@@ -137,6 +139,12 @@ def _counts(counts: dict[str, int]) -> str:
     return "Cells. " + "; ".join(parts) + "."
 
 
+def _costs(stages: dict[str, dict[str, float]]) -> str:
+    shares = {name: cost["seconds_in_forward"] / max(cost["seconds"], 1e-9) for name, cost in stages.items()}
+    parts = [f"{name} {cost['seconds']:.1f} s ({shares[name]:.0%} in the model)" for name, cost in stages.items()]
+    return f"Time. {'; '.join(parts)}. Peak memory {max(cost['peak_memory_mb'] for cost in stages.values()):.0f} MiB."
+
+
 def _print_boards(report: Any) -> None:
     import leaderboards
 
@@ -151,8 +159,8 @@ def _print_table(table: Any, title: str) -> None:
     for column in table.columns:
         shown.add_column(str(column), overflow="fold")
     for row in table.itertuples(index=False):
-        shown.add_row(*("" if value is None or value != value else str(value) for value in row))
-    out.print(shown, markup=False)
+        shown.add_row(*(Text("" if value is None or value != value else str(value)) for value in row))
+    out.print(shown)
 
 
 @contextmanager
@@ -202,8 +210,8 @@ def list_(kind: Kind, as_json: Annotated[bool, typer.Option("--json", help="Prin
         return
     table = Table(*(rows[0] if rows else ["name"]))
     for row in rows:
-        table.add_row(*map(str, row.values()))
-    out.print(table, markup=False)
+        table.add_row(*(Text(str(value)) for value in row.values()))
+    out.print(table)
 
 
 def _catalogue(kind: Kind) -> list[dict[str, Any]]:

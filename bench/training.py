@@ -173,7 +173,8 @@ def _optimizer(recipe: Recipe, module: nn.Module, steps: int) -> tuple[torch.opt
     warm = max(1, round(recipe.warmup * steps))
 
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+        decay = max(0.0, step - recipe.hold * steps) / max(1.0, steps - recipe.hold * steps)
+        return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

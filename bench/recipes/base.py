@@ -15,6 +15,7 @@ from explainer_bench import Component
 
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Arrays(NamedTuple):
@@ -36,7 +37,9 @@ class Recipe(Component):
     lr : float
         AdamW's peak learning rate, after a linear warm-up and before a cosine decay to zero.
     warmup : float
-        Share of all steps.
+        Share of all steps until the peak.
+    hold : float
+        Share of all steps until the decay.
     weight_decay : float
         Of every parameter with more than one dimension.
     patience : int
@@ -49,7 +52,8 @@ class Recipe(Component):
     epochs: Count = 10
     batch_size: Count = 32
     lr: Rate = 1e-3
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    warmup: Share = 0.05
+    hold: Share = 0.0
     weight_decay: Rate = 0.05
     patience: Count = 3
 
