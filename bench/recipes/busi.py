@@ -15,7 +15,7 @@ from bench import datasets, models
 from bench.datasets.base import Dataset, Item, Sample
 from bench.datasets.busi import Busi
 from bench.models import Model
-from bench.recipes.base import Count, Rate, Recipe
+from bench.recipes.base import Count, Rate, Recipe, Share
 from explainer_bench import RequestError
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -35,7 +35,9 @@ class BusiRecipe(Recipe):
 
     epochs: Count = 8
     batch_size: Count = 16
-    lr: Rate = 1e-4
+    lr: Rate = 4e-5
+    warmup: Share = 0.1
+    patience: Count = 4
 
     def dataset(self, split: str, root: Path | None) -> Dataset:
         """Return one split of BUSI under `root`."""
