@@ -82,6 +82,8 @@ def train(
         chosen = {split: subset(part.samples, fraction if split == "train" else 1) for split, part in data.items()}
         arrays = {split: read(recipe, data[split], chosen[split], model) for split in data}
         fitted = fit(recipe, model, arrays["train"], arrays["val"], device, seed, progress or (lambda *_: None))
+    if recipe.half:
+        model.module.half().float()  # what is measured below is what the checkpoint will hold
     model.name += "" if fraction == 1 else f"_{fraction:g}"
     report = {
         "model": model.name,
@@ -147,7 +149,7 @@ def fit(recipe: Recipe, model: Model, train: Arrays, val: Arrays, device: str, s
         for rows in _batches(len(train.images), recipe.batch_size, generator):
             inputs = model.normalise(recipe.augment(train.images[rows], generator).to(device))
             targets = train.targets[rows].to(device)
-            loss = recipe.training_loss(module, inputs, targets, done / steps, generator)
+            loss = recipe.loss(module(inputs), targets)
             losses.append(_step(module, loss, optimizer, scheduler))
             done += 1
             progress(done, steps, f"epoch {epoch}, loss {losses[-1]:.3f}")
@@ -173,8 +175,7 @@ def _optimizer(recipe: Recipe, module: nn.Module, steps: int) -> tuple[torch.opt
     warm = max(1, round(recipe.warmup * steps))
 
     def factor(step: int) -> float:
-        decay = max(0.0, step - recipe.hold * steps) / max(1.0, steps - recipe.hold * steps)
-        return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
+        return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

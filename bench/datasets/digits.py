@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from bench.datasets.base import Dataset, Item, Sample
 
 CANVAS = 64
-CELL = 21  # three by three cells; one digit or one decoy in each at most
+CELL = 16  # four by four cells of one digit or one decoy each at most
 INK = 64  # of 255: fainter ink does not widen the ROI
 BACKGROUND = (20, 90)
 
@@ -38,10 +38,10 @@ def originals() -> dict[str, list[np.ndarray]]:
 class Digits(Dataset):
     """Two to four handwritten digits of distinct classes per 64 x 64 RGB image, one ROI for each.
 
-    The digits are scikit-learn's `load_digits` (8 x 8), enlarged to 16 to 20 px, in random colours at random
-    cells of a 3 x 3 grid with jitter. Decoys stand in some of the other cells: digits whose 2 x 2 blocks are
-    shuffled, of the same size, colours and contrast. Strokes and noise fill the background, so neither
-    intensity nor edges nor the image's centre tells where the digits are.
+    The digits are scikit-learn's `load_digits` (8 x 8), enlarged twofold, in random colours in random cells of
+    a 4 x 4 grid. Decoys stand in some of the other cells: digits whose 2 x 2 blocks are shuffled, of the same
+    size, colours and contrast. Strokes and noise fill the background, so neither intensity nor edges nor the
+    image's centre tells where the digits are.
 
     A ROI is the filled bounding box of a digit's ink. A sample's label is one of the classes present:
     image ``i`` certainly shows ``i % 10``, its label; the other classes are drawn at random. Only integers
@@ -95,7 +95,7 @@ def _draw(rng: np.random.Generator, label: int, pool: list[np.ndarray]) -> Item:
     others = [int(d) for d in _shuffled(rng, 10) if d != label]
     classes = [label, *others[: rng.integers(1, 4)]]
     decoys = others[: rng.integers(1, 4)]
-    cells = _shuffled(rng, 9).tolist()
+    cells = _shuffled(rng, (CANVAS // CELL) ** 2).tolist()
     canvas = _background(rng)
     for digit in decoys:
         _paste(rng, canvas, _scrambled(rng, _pick(rng, pool[digit])), cells.pop())
@@ -145,10 +145,9 @@ def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
 
 def _paste(rng: np.random.Generator, canvas: Image.Image, digit: np.ndarray, cell: int) -> np.ndarray:
     """Ink a digit (8, 8) into a cell of the canvas; return the filled bounding box of its ink (H, W) bool."""
-    size = int(rng.integers(16, 21))
-    row, column = divmod(cell, 3)
-    left, top = (np.array([column, row]) * CELL + rng.integers(0, CELL + 1 - size, 2)).tolist()
-    ink = Image.fromarray(digit).resize((size, size), Image.Resampling.BICUBIC)
+    row, column = divmod(cell, CANVAS // CELL)
+    left, top = column * CELL, row * CELL
+    ink = Image.fromarray(digit).resize((CELL, CELL), Image.Resampling.BICUBIC)
     canvas.paste(_colour(rng), (left, top), ink)
     rows, columns = np.nonzero(np.asarray(ink) >= INK)
     mask = np.zeros((CANVAS, CANVAS), bool)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.datasets.base import Dataset, Item, Sample
 from bench.models import Model
@@ -38,8 +38,6 @@ class Recipe(Component):
         AdamW's peak learning rate, after a linear warm-up and before a cosine decay to zero.
     warmup : float
         Share of all steps until the peak.
-    hold : float
-        Share of all steps until the decay.
     weight_decay : float
         Of every parameter with more than one dimension.
     patience : int
@@ -53,7 +51,6 @@ class Recipe(Component):
     batch_size: Count = 32
     lr: Rate = 1e-3
     warmup: Share = 0.05
-    hold: Share = 0.0
     weight_decay: Rate = 0.05
     patience: Count = 3
 
@@ -76,12 +73,6 @@ class Recipe(Component):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Loss of logits (B, K), the mean over the batch; what early stopping watches on the validation split."""
         raise NotImplementedError
-
-    def training_loss(
-        self, module: nn.Module, inputs: Tensor, targets: Tensor, done: float, generator: np.random.Generator
-    ) -> Tensor:
-        """Loss that is minimised, of normalised inputs (B, 3, H, W), when a share `done` of all steps is over."""
-        return self.loss(module(inputs), targets)
 
     def measure(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """Figures of merit of logits (N, K) float64 on a held-out split."""

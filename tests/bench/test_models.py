@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from bench import models
+from bench import models, recipes, training
 from explainer_bench import RequestError
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -210,6 +210,12 @@ def test_shipped_digits_model():
     assert models.shipped()["digits_vit"].stat().st_size <= 4e6
     assert sum(p.numel() for p in model.module.parameters()) <= 2_000_000
     assert model.input_size == (64, 64) and model.patch == (8, 8)
+    recipe = recipes.get("digits")
+    images = recipe.dataset("test", None)
+    figures = training.evaluate(recipe, model, training.read(recipe, images, images.samples, model), "cpu")
+    assert figures["top1_present"] >= 0.97
+    assert figures == pytest.approx(model.meta["training"]["test"], abs=0.002)
+    assert model.meta["training"]["data"]["test"]["fingerprint"] == images.fingerprint
 
 
 def test_imagenet_weights_classify(shared):
