@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import os
+import linecache
 import pkgutil
 import re
 import sys
+import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cached_property
@@ -52,13 +55,18 @@ def did_you_mean(word: str, known: list[str]) -> str:
 def write_atomically(path: Path, content: bytes) -> Path:
     """Write a file in one step: whoever looks finds the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         part.write_bytes(content)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether `error` is PyTorch's way to say that the accelerator or the host ran out of memory."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 @dataclass_transform(kw_only_default=True)
@@ -100,22 +108,31 @@ class Component:
 
     @classmethod
     def source_hash(cls) -> str:
-        """SHA-256 of the class's module and of all that it uses of its package; part of every cell's key."""
-        digest = hashlib.sha256()
-        for file in sorted(_sources(cls.__module__, {})):
-            digest.update(Path(file).read_bytes())
-        return digest.hexdigest()[:16]
+        """SHA-256 of the sources of the class and its bases and of all of their rooms that they import."""
+        modules = [base.__module__ for base in cls.__mro__ if base not in (object, Component)]
+        sources: dict[str, str] = {}
+        for module in modules:
+            _collect_sources(module, {name.partition(".")[0] for name in modules}, sources)
+        return hashlib.sha256("".join(sources[name] for name in sorted(sources)).encode()).hexdigest()[:16]
 
 
-def _sources(name: str, seen: dict[str, str]) -> list[str]:
-    """Source files of a module and, in turn, of the modules of the same package whose names it uses."""
-    module = sys.modules[name]
-    seen[name] = inspect.getsourcefile(module) or ""
-    used = {v.__name__ if inspect.ismodule(v) else getattr(v, "__module__", None) for v in vars(module).values()}
-    for other in used:
-        if isinstance(other, str) and other.partition(".")[0] == name.partition(".")[0] and other not in seen:
-            _sources(other, seen)
-    return list(seen.values())
+def _collect_sources(name: str, roots: set[str], sources: dict[str, str]) -> None:
+    """Add the source of a module and, in turn, of what it imports from the packages `roots` or its own folder."""
+    sources[name] = inspect.getsource(sys.modules[name])
+    folder = Path(inspect.getfile(sys.modules[name])).parent
+    for node in ast.walk(ast.parse(sources[name])):
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for other in imported:
+            module = sys.modules.get(other)
+            if module is None or other in sources or not getattr(module, "__file__", None):
+                continue
+            if other.partition(".")[0] in roots or Path(inspect.getfile(module)).parent == folder:
+                _collect_sources(other, roots, sources)
 
 
 T = TypeVar("T", bound=Component)
@@ -137,7 +154,10 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise RequestError(f"cannot read {pair!r} in {spec!r}: write it as param=value.")
-        params[key.strip()] = yaml.safe_load(value)
+        try:
+            params[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RequestError(f"cannot read the value of {pair!r} in {spec!r}.") from error
     return match["name"].strip(), params
 
 
@@ -150,13 +170,15 @@ def load_file(path: Path) -> ModuleType:
     """Import a Python file by path (a submission, or a component kept outside the package)."""
     if not path.is_file():
         raise RequestError(f"no such file: {path}.")
-    module_spec = importlib.util.spec_from_file_location(f"explainer_bench_file_{path.stem}", path)
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    module_spec = importlib.util.spec_from_file_location(f"{path.stem}_{place}", path)
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
+    linecache.checkcache(str(path))
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RequestError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
     return module
 
@@ -183,7 +205,11 @@ class Registry(Generic[T]):
         path = importlib.import_module(self.package).__path__
         modules = [importlib.import_module(f"{self.package}.{m.name}") for m in pkgutil.iter_modules(path)]
         found = [cls for module in modules for cls in self._in_module(module)]
-        found += [entry.load() for entry in importlib.metadata.entry_points(group=f"explainer_bench.{self.kind}")]
+        for entry in importlib.metadata.entry_points(group=f"explainer_bench.{self.kind}"):
+            try:
+                found.append(entry.load())
+            except Exception as error:  # another package's fault must not take every command down
+                warnings.warn(f"{self.kind} {entry.value} cannot be loaded: {error}", stacklevel=2)
         by_name: dict[str, type[T]] = {}
         for cls in found:
             if by_name.setdefault(cls.name, cls) is not cls:

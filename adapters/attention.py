@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from adapters import vit
@@ -40,7 +43,7 @@ class Rollout(_Attention):
 
     name = "rollout"
     reference = "Abnar and Zuidema, Quantifying attention flow in transformers, ACL 2020"
-    start_layer: int = 0
+    start_layer: Annotated[int, Field(ge=0)] = 0
 
     def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
         """Return (N, h, w) shares of the attention that flows from each patch, at least 0."""

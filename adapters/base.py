@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from explainer_bench import Component, RequestError
+from explainer_bench import Component, RequestError, out_of_memory
 
 CONTEXT = ("roi_prior",)  # what a caller can tell an explainer about each sample, see `Explainer.needs`
 _QUANTUS_EXTRAS = ("device", "method")  # Quantus injects these into every `explain_func` call
@@ -21,6 +21,10 @@ _QUANTUS_EXTRAS = ("device", "method")  # Quantus injects these into every `expl
 
 class ExplanationError(RuntimeError):
     """An explainer returned something that is no attribution map."""
+
+
+class ModelChangedError(RequestError):
+    """An explainer changed the model's weights or buffers in place: nothing computed after it can be trusted."""
 
 
 class Explainer(Component):
@@ -89,11 +93,16 @@ class Explainer(Component):
             If the explainer does not support the model or misses a context it needs.
         ExplanationError
             If `attribute` returns a wrong shape or values that are not finite.
+        ModelChangedError
+            If it changed the model's weights.
         """
         if reason := self.supports(model):
             raise RequestError(f"{self.name} cannot explain this model: {reason}.")
         reference = next(model.parameters(), torch.empty(0))
-        inputs = torch.as_tensor(inputs).to(reference.device, reference.dtype)
+        if self.upsampling not in ("nearest", "bilinear"):
+            raise ExplanationError(f"{self.name} states the upsampling {self.upsampling!r}, not nearest or bilinear")
+        inputs = torch.as_tensor(np.ascontiguousarray(inputs) if isinstance(inputs, np.ndarray) else inputs)
+        inputs = inputs.to(reference.device, reference.dtype)
         targets = torch.as_tensor(targets, device=reference.device).long()
         extras = {name: self._per_sample(name, context.get(name), inputs) for name in self.needs}
         with preserved(model):
@@ -141,8 +150,8 @@ class Explainer(Component):
                 images = inputs[rows].detach().clone().requires_grad_(True)
                 maps = self.attribute(model, images, targets[rows].clone(), **context)
             return self._checked(maps, images)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error) or rows.stop - rows.start == 1:
+        except RuntimeError as error:
+            if not out_of_memory(error) or rows.stop - rows.start == 1:
                 raise
         middle = (rows.start + rows.stop) // 2
         halves = slice(rows.start, middle), slice(middle, rows.stop)
@@ -152,16 +161,12 @@ class Explainer(Component):
         if not isinstance(maps, Tensor) or maps.ndim != 3 or len(maps) != len(inputs):
             shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise ExplanationError(f"{self.name} returned {shape}, not ({len(inputs)}, height, width)")
-        if any(native > full for native, full in zip(maps.shape[1:], inputs.shape[2:], strict=True)):
-            raise ExplanationError(f"{self.name} returned maps of {tuple(maps.shape[1:])}, larger than the image")
+        if 0 in maps.shape or any(native > full for native, full in zip(maps.shape[1:], inputs.shape[2:], strict=True)):
+            raise ExplanationError(f"{self.name} returned {tuple(maps.shape)}: empty, or larger than the image")
         maps = maps.detach().float().cpu()
         if bad := int((~maps.isfinite()).flatten(1).any(1).sum()):
             raise ExplanationError(f"{self.name} returned NaN or infinite values in {bad} of {len(maps)} maps")
         return maps
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def predict(model: nn.Module, inputs: Tensor, batch_size: int = 64) -> Tensor:
@@ -194,7 +199,9 @@ def seeded(image: Tensor, seed: int) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     devices = [image.device] if image.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(value)
+        torch.default_generator.manual_seed(value)
+        for device in devices:
+            torch.cuda.default_generators[device.index or 0].manual_seed(value)
         random.seed(value)
         np.random.seed(value)
         try:
@@ -206,7 +213,15 @@ def seeded(image: Tensor, seed: int) -> Iterator[None]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes (mode, hooks, patched forwards, switches) and every parameter's gradient back."""
+    """Put every module's attributes (mode, hooks, patched forwards, switches) and every parameter's gradient back.
+
+    Raises
+    ------
+    ModelChangedError
+        If the values of parameters or buffers were changed in place.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    versions = [tensor._version for tensor in tensors]
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(_restore_module, module, dict(vars(module)), _dicts(module))
@@ -214,6 +229,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
             stack.callback(_restore_parameter, parameter, parameter.requires_grad, parameter.grad)
             parameter.grad = None
         yield
+    if versions != [tensor._version for tensor in tensors]:
+        raise ModelChangedError("the explainer changed the model's weights or buffers: it must leave them alone.")
 
 
 def _dicts(module: nn.Module) -> dict[str, dict]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -28,7 +31,7 @@ class TransformerAttribution(vit.ViTExplainer):
     family = "lrp"
     upsampling = "bilinear"
     reference = "Chefer, Gur and Wolf, Transformer interpretability beyond attention visualization, CVPR 2021"
-    start_layer: int = 0
+    start_layer: Annotated[int, Field(ge=0)] = 0
 
     def supports(self, model: nn.Module) -> str | None:
         """Return why the propagation rules do not cover `model`, or None."""

@@ -17,7 +17,10 @@ class ViTExplainer(Explainer):
 
     def supports(self, model: nn.Module) -> str | None:
         """Return why `model` has no Vision Transformer that can be looked into, or None."""
-        return unsupported(model)
+        if reason := unsupported(model):
+            return reason
+        depth, start = len(find(model).blocks), getattr(self, "start_layer", 0)
+        return None if start < depth else f"it has {depth} blocks, none from start_layer={start} on"
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -29,6 +32,8 @@ def unsupported(model: nn.Module) -> str | None:
         return "its blocks are not timm's plain Block with plain Attention"
     if found[0].attn_pool is not None or found[0].global_pool not in ("token", "avg"):
         return f"it pools its tokens by {found[0].global_pool!r}, not by class token or mean"
+    if hasattr(found[0], "head_dist"):
+        return "it reads its logits from two tokens"
     return None
 
 

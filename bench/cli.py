@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
@@ -293,6 +294,6 @@ def describe(name: Annotated[str, typer.Argument(help="See `list datasets`.")]) 
     from bench import datasets
 
     cls = datasets.registry.find(name)
-    out.print(cls.__doc__ and cls.__doc__.strip(), markup=False, highlight=False)
+    out.print(inspect.getdoc(cls), markup=False, highlight=False)
     for fact in ("class_names", "licence", "where", "tree", "reference"):
         out.print(f"{fact}: {getattr(cls, fact)}", markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +24,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from explainer_bench import RequestError, parse_spec
+from explainer_bench import RequestError, parse_spec, write_atomically
 
 WEIGHTS = Path(__file__).parent / "weights"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 _HEADER = "explainer_bench"
+_LOADING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -73,9 +73,9 @@ class Model:
 
     @property
     def patch(self) -> tuple[int, int]:
-        """Height and width in pixels of a ViT's patch; a 14th of the input for models without patches."""
+        """Height and width in pixels of a ViT's patch; without patches, the divisors nearest a 14th of the input."""
         embed = getattr(self.module, "patch_embed", None)
-        height, width = getattr(embed, "patch_size", None) or [max(1, round(side / 14)) for side in self.input_size]
+        height, width = getattr(embed, "patch_size", None) or map(_fourteenth, self.input_size)
         return int(height), int(width)
 
     @cached_property
@@ -176,6 +176,17 @@ def _from_checkpoint(path: Path) -> Model:
     if not header:
         line = f"{path} does not say which architecture it is of: write ARCHITECTURE[weights={path}]"
         raise RequestError(f"{line}, such as vit_tiny_patch16_224[weights={path}].")
+    try:
+        return _from_header(header, state, path)
+    except (KeyError, TypeError) as error:
+        raise RequestError(
+            f"{path} has a header that is not of our training ({_line(error)}): train it again."
+        ) from error
+
+
+def _from_header(header: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> Model:
+    if risky := sorted(_LOADING & set(header["kwargs"])):
+        raise RequestError(f"{path} asks for {risky[0]}, which would load other files: it is refused.")
     module = _module(header["architecture"], header["kwargs"])
     load_strict(module, state, path, header["architecture"])
     given = {key: tuple(header["preprocessing"][key]) for key in ("input_size", "mean", "std")}
@@ -189,6 +200,10 @@ def _from_checkpoint(path: Path) -> Model:
         meta=header,
         **given,
     )
+
+
+def _fourteenth(side: int) -> int:
+    return min((d for d in range(1, side + 1) if side % d == 0), key=lambda d: abs(d - side / 14))
 
 
 def _from_architecture(spec: str, weights: str | Path | None) -> Model:
@@ -275,14 +290,6 @@ def save(path: Path, model: Model, half: bool = False, **meta: Any) -> None:
     tensors = {key: _stored(value, half) for key, value in model.module.state_dict().items()}
     blob = safetensors.torch.save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)})
     write_atomically(path, blob)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content)
-    os.replace(draft, path)
 
 
 def _stored(tensor: Tensor, half: bool) -> Tensor:

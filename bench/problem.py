@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench.datasets import Dataset, Sample
+from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
+from bench.store import identity
 from explainer_bench import RequestError
 
 SHARD = 16  # samples per cell; fixed, so that the files of a run do not depend on how it is run
 
 
-@dataclass(frozen=True)
 class Shard:
-    """Consecutive samples of a problem; what one cell holds.
+    """Consecutive samples of a problem; what one cell holds. Pixels are read when they are first asked for.
 
     Parameters
     ----------
@@ -28,20 +28,30 @@ class Shard:
         Its position.
     samples : list of Sample
         At most `SHARD`.
-    inputs : Tensor
-        (n, C, H, W) preprocessed images.
-    masks : list of dict
-        Per sample its ROI mask (H, W) bool per class, at the model's input size.
+    dataset, model
+        What reads and preprocesses them.
     """
 
-    index: int
-    samples: list[Sample]
-    inputs: Tensor
-    masks: list[dict[int, np.ndarray]]
+    def __init__(self, index: int, samples: list[Sample], dataset: Dataset, model: Model) -> None:
+        self.index, self.samples, self._dataset, self._model = index, samples, dataset, model
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        return [self._dataset.load(sample) for sample in self.samples]
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """(n, C, H, W) preprocessed images."""
+        return torch.stack([self._model.preprocess(item.image) for item in self._items])
+
+    @cached_property
+    def masks(self) -> list[dict[int, np.ndarray]]:
+        """Per sample its ROI mask (H, W) bool per class, at the model's input size."""
+        return [{c: self._model.preprocess_roi(mask) for c, mask in item.roi.items()} for item in self._items]
 
     def roi(self, classes: np.ndarray) -> np.ndarray:
         """Return (n, H, W) bool: each sample's ROI for its class, all False where it has none."""
-        empty = np.zeros(self.inputs.shape[-2:], dtype=bool)
+        empty = np.zeros(self._model.input_size, dtype=bool)
         return np.stack([masks.get(int(c), empty) for masks, c in zip(self.masks, classes, strict=True)])
 
     def seeds(self, seed: int) -> np.ndarray:
@@ -63,13 +73,11 @@ class Problem:
         How many; all where there are fewer.
     seed : int
         Decides which, in an order that a larger number continues.
-    name : str, optional
-        What boards call the data set; its own name by default.
     """
 
-    def __init__(self, dataset: Dataset, model: Model, samples: int, seed: int, name: str = "") -> None:
+    def __init__(self, dataset: Dataset, model: Model, samples: int, seed: int) -> None:
         self.dataset, self.model = dataset, model
-        self.names = name or dataset.name, model.name
+        self.names = replace(dataset, root=None).spec, model.name
         order = sorted(dataset.samples, key=lambda s: hashlib.sha256(f"{seed} {s.id}".encode()).digest())
         self.samples = order[:samples]
         if not self.samples:
@@ -81,16 +89,18 @@ class Problem:
         return -(-len(self.samples) // SHARD)
 
     def shard(self, index: int) -> Shard:
-        """Read and preprocess the images of one shard."""
+        """Return one shard."""
         samples = self.samples[index * SHARD : (index + 1) * SHARD]
-        items = [self.dataset.load(sample) for sample in samples]
-        inputs = torch.stack([self.model.preprocess(item.image) for item in items])
-        masks = [{c: self.model.preprocess_roi(mask) for c, mask in item.roi.items()} for item in items]
-        return Shard(index, samples, inputs, masks)
+        return Shard(index, samples, self.dataset, self.model)
 
     def shards(self, indices: range) -> Iterator[Shard]:
-        """Read the shards one after another."""
+        """Return the shards one after another."""
         return (self.shard(index) for index in indices)
+
+    @cached_property
+    def identity(self) -> list[object]:
+        """What of data set and model, besides the samples, decides a result."""
+        return [identity(replace(self.dataset, root=None)), self.model.fingerprint]
 
     @cached_property
     def _roi_sums(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -57,7 +58,7 @@ def write_plan(run: Run) -> None:
             "metric_version": m.version,
             "group": m.group,
             "higher_is_better": m.higher_is_better,
-            "description": (type(m).__doc__ or "").strip().partition("\n\n")[0].replace("\n    ", " "),
+            "description": " ".join((inspect.getdoc(type(m)) or "").partition("\n\n")[0].split()),
         }
         for m in run.metrics
     ]

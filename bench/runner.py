@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 import adapters
+import leaderboards
 import metrics
 from adapters import Explainer
+from adapters.base import ModelChangedError
 from bench import datasets, models
 from bench.problem import Problem, Shard
 from bench.store import Store, identity, key
@@ -102,7 +104,8 @@ class Run:
             raise RequestError(
                 f"{twice[0]} comes twice: name each data set once, and give each checkpoint its own name."
             )
-        self.store = Store(self.out)
+        self._check()
+        self.store = Store(self.out).prepare()
         self.done: Counter[str] = Counter()
         self.stages: dict[str, dict[str, float]] = {}
         self.forward_seconds = 0.0
@@ -112,13 +115,25 @@ class Run:
             raise RequestError(f"suite {self.suite.name!r} names no model: give one with --model (see `list models`).")
         for dataset_spec in self.suite.datasets:
             cls = datasets.registry.find(dataset_spec.partition("[")[0])
-            root = {} if cls.where == "embedded" else {"root": self.data_root}
+            root = {"root": self.data_root} if self.data_root and cls.where != "embedded" else {}
             dataset = datasets.get(dataset_spec, **root)
             self._check_target(dataset.class_names)
             samples = dataset.samples  # tells of a wrong root before models are loaded
             for spec in self.suite.models:
                 model = models.get(spec, class_names=dataset.class_names, device=self.device)
-                yield Problem(dataset, model, min(self.suite.samples, len(samples)), self.suite.seed, dataset_spec)
+                yield Problem(dataset, model, min(self.suite.samples, len(samples)), self.suite.seed)
+
+    def _check(self) -> None:
+        for metric in self.metrics:
+            if metric.group not in leaderboards.board.GROUPS:
+                raise RequestError(
+                    f"metric {metric.name!r} states the group {metric.group!r}: use one of "
+                    f"{', '.join(leaderboards.board.GROUPS)}."
+                )
+        for problem in self.problems:
+            if not self.supported(problem):
+                reason = self.refusal(problem, self.explainers[0])
+                raise RequestError(f"none of the explainers supports model {problem.model.name!r}: {reason}.")
 
     def _check_target(self, class_names: tuple[str, ...]) -> None:
         target = self.suite.target
@@ -139,7 +154,7 @@ class Run:
             # Predictions decide which classes are explained, so every part of a divided run has them all.
             ranges = {p: range(p.n_shards) if stage == "predict" else self.shards(p) for p in self.problems}
             total = sum(map(len, ranges.values()))
-            with self._measured(stage):
+            with self._measured(stage), _full_precision():
                 progress(stage, 0, total)
                 for count, (problem, index) in enumerate(((p, i) for p in ranges for i in ranges[p]), 1):
                     steps[stage](problem, problem.shard(index))
@@ -175,8 +190,8 @@ class Run:
 
     def prediction_cell(self, problem: Problem, shard: Shard) -> str:
         """Return the cell of a shard's logits."""
-        ids = [(sample.id, sample.digest) for sample in shard.samples]
-        return self.store.path("predictions", *problem.names, key=key(ids, problem.model.fingerprint))
+        samples = [(sample.id, sample.label, sample.group, sample.digest) for sample in shard.samples]
+        return self.store.path("predictions", *problem.names, key=key(samples, problem.identity))
 
     def known(self, problem: Problem, shard: Shard) -> Known:
         """Read a shard's predictions and decide which classes are explained."""
@@ -188,11 +203,11 @@ class Run:
         target = self.suite.target
         targets = {"predicted": logits.argmax(1), "label": labels}.get(str(target), np.full(len(labels), target))
         seeds = shard.seeds(self.suite.seed)
-        return Known(logits, targets, {m.spec: m.other_classes(logits, targets, seeds) for m in self.metrics})
+        return Known(logits, targets, {m.spec: _other_classes(m, logits, targets, seeds) for m in self.metrics})
 
     def explanation_cell(self, problem: Problem, shard: Shard, explainer: Explainer, classes: np.ndarray) -> str:
         """Return the cell of one explainer's maps of a shard, for one class per sample."""
-        base = self.prediction_cell(problem, shard)
+        base = self.prediction_cell(problem, shard).rpartition("/")[2]
         context = [problem.dataset.fingerprint] if explainer.needs else []
         hashed = key(base, identity(explainer), classes.tolist(), self.suite.seed, context)
         return self.store.path("explanations", *problem.names, explainer.spec, key=hashed)
@@ -215,6 +230,8 @@ class Run:
             inputs = shard.inputs.repeat_interleave(n, 0)
             classes = np.stack(list(cells.values()), axis=1).ravel()
             maps = explainer.explain(problem.model.module, inputs, classes, seed=self.suite.seed, **context)
+        except ModelChangedError:
+            raise
         except Exception as error:  # whatever a stranger's code raises costs its own cells only
             for cell in cells:
                 self.store.fail(cell, error)
@@ -227,11 +244,19 @@ class Run:
 
     def supported(self, problem: Problem) -> list[Explainer]:
         """Return the explainers that can explain the problem's model."""
-        return [e for e in self.explainers if e.supports(problem.model.module) is None]
+        return [explainer for explainer in self.explainers if not self.refusal(problem, explainer)]
+
+    def refusal(self, problem: Problem, explainer: Explainer) -> str:
+        """Return why an explainer cannot explain the problem's model, or ""."""
+        try:
+            return explainer.supports(problem.model.module) or ""
+        except Exception as error:  # a stranger's code
+            return f"its `supports` raised {type(error).__name__}: {error}"
 
     def score_cell(self, problem: Problem, shard: Shard, explainer: Explainer, metric: Metric, known: Known) -> str:
         """Return the cell of one metric's scores of one explainer on a shard."""
-        maps = [self.explanation_cell(problem, shard, explainer, c) for c in known.classes(explainer, metric)]
+        cells = [self.explanation_cell(problem, shard, explainer, c) for c in known.classes(explainer, metric)]
+        maps = [cell.rpartition("/")[2] for cell in cells]
         hashed = key(maps, identity(metric), self.suite.seed, problem.model.patch)
         return self.store.path("scores", *problem.names, explainer.spec, metric.spec, key=hashed)
 
@@ -245,7 +270,8 @@ class Run:
                 continue
             try:
                 samples = self.samples(problem, shard, explainer, known, shared)
-            except FileNotFoundError:
+            except FileNotFoundError:  # its maps failed, and so do its scores, older ones included
+                self.store.drop(missing)
                 self.done["scores failed"] += len(missing)
                 continue
             for cell in missing:
@@ -254,18 +280,19 @@ class Run:
     def _score_cell(self, cell: str, shard: Shard, metric: Metric, samples: Samples) -> None:
         try:
             values, reasons = metric(samples)
+            columns = {
+                "sample": [sample.id for sample in shard.samples],
+                "group": [sample.group for sample in shard.samples],
+                "value": values,
+                "reason": reasons,
+                "chance": metric.chance_level(samples),
+            }
+            table = pd.DataFrame(columns)
         except Exception as error:
             self.store.fail(cell, error)
             self.done["scores failed"] += 1
             return
-        columns = {
-            "sample": [sample.id for sample in shard.samples],
-            "group": [sample.group for sample in shard.samples],
-            "value": values,
-            "reason": reasons,
-            "chance": metric.chance_level(samples),
-        }
-        self.store.write_table(cell, pd.DataFrame(columns))
+        self.store.write_table(cell, table)
         self.done["scores computed"] += 1
 
     def maps(self, problem: Problem, shard: Shard, explainer: Explainer, classes: np.ndarray) -> Tensor:
@@ -304,12 +331,33 @@ class Run:
         )
 
 
+def _other_classes(metric: Metric, logits: np.ndarray, targets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    try:
+        return metric.other_classes(logits, targets, seeds)
+    except Exception:  # a stranger's code; asked again when it scores, it fails its own cells
+        return np.empty((len(targets), 0), dtype=int)
+
+
 def _unique(components: list[Any]) -> list[Any]:
     seen: dict[str, Component] = {}
     for component in components:
         if seen.setdefault(component.spec, component) is not component:
             raise RequestError(f"{component.spec!r} is asked for twice; name it once.")
     return components
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Make fp32 mean fp32 on CUDA: by default TF32 rounds the inputs of convolutions to 10 bits."""
+    switches: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, was in zip(switches, before, strict=True):
+            switch.allow_tf32 = was
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,20 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        if root.exists() and not root.is_dir():
-            raise RequestError(f"{root} is a file; name a folder with --out.")
+
+    def prepare(self) -> Store:
+        """Create the folder, and make sure that it can be written to before anything is computed.
+
+        Raises
+        ------
+        RequestError
+            If it cannot.
+        """
+        try:
+            write_atomically(self.root / ".writable", b"").unlink()
+        except OSError as error:
+            raise RequestError(f"cannot write to {self.root} ({error.strerror}): name another folder.") from error
+        return self
 
     def path(self, kind: str, *names: str, key: str) -> str:
         """Return the cell's path relative to the root, without an ending."""
@@ -90,11 +102,18 @@ class Store:
         return json.loads((self.root / name).read_text())
 
     def fail(self, cell: str, error: Exception) -> None:
-        """Record why a cell could not be computed, apart from the results."""
+        """Record why a cell could not be computed, apart from the results; an older result goes."""
+        self.drop([cell])
         line = " ".join(f"{type(error).__name__}: {error}".split())
         self.write_json(
             f"failures/{cell}.json", {"error": line, "traceback": "".join(traceback.format_exception(error))}
         )
+
+    def drop(self, cells: Iterable[str]) -> None:
+        """Remove the results of cells."""
+        for cell in cells:
+            for ending in ("parquet", "npz"):
+                (self.root / f"{cell}.{ending}").unlink(missing_ok=True)
 
     def failure(self, cell: str) -> str:
         """Return the recorded error of a cell in one line, or ""."""

@@ -18,7 +18,7 @@ from bench import models
 from bench.datasets.base import Dataset, Sample
 from bench.models import Model
 from bench.recipes import Arrays, Recipe, registry
-from explainer_bench import RequestError, __version__
+from explainer_bench import RequestError, __version__, write_atomically
 
 Progress = Callable[[int, int, str], None]
 
@@ -109,7 +109,7 @@ def _write(out: Path, recipe: Recipe, model: Model, report: dict[str, Any]) -> d
     models.save(checkpoint, model, half=recipe.half, training=report)
     report = {**report, "model_fingerprint": models.get(checkpoint).fingerprint, "checkpoint": checkpoint.name}
     content = json.dumps(report, indent=1, sort_keys=True).encode()
-    models.write_atomically(checkpoint.with_name(f"{model.name}.report.json"), content)
+    write_atomically(checkpoint.with_name(f"{model.name}.report.json"), content)
     return {**report, "checkpoint": str(checkpoint)}
 
 

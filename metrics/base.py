@@ -152,12 +152,20 @@ class Metric(Component):
         -------
         Scores
             Values (N,) float64, NaN exactly where a reason is given.
+
+        Raises
+        ------
+        ValueError
+            If `score` does not return one value per sample.
         """
         reasons = self.undefined(samples)
         values = np.full(len(samples), np.nan)
         rows = np.flatnonzero([not reason for reason in reasons])
         if len(rows):
-            values[rows] = self.score(samples if len(rows) == len(samples) else samples.take(rows))
+            scores = np.asarray(self.score(samples if len(rows) == len(samples) else samples.take(rows)))
+            if scores.shape != rows.shape:
+                raise ValueError(f"{self.name} returned {scores.shape}, not one score for each of {len(rows)} samples")
+            values[rows] = scores
         for row in rows[~np.isfinite(values[rows])]:
             values[row], reasons[row] = np.nan, self.undefined_reason
         return Scores(values, reasons)

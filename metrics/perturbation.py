@@ -14,7 +14,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from explainer_bench import RequestError, did_you_mean
+from explainer_bench import RequestError, did_you_mean, out_of_memory
 from metrics.base import Metric, Samples
 from metrics.quantus_bridge import with_gradients
 
@@ -129,11 +129,6 @@ def in_batches(run: Callable[[Tensor], Tensor], index: Tensor, batch_size: int) 
                 raise
             batch_size //= 2
     return torch.cat(done)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether `error` means that the accelerator or the host ran out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class PatchMetric(Metric):

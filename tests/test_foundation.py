@@ -39,7 +39,7 @@ def test_specs_are_read(spec: str, expected: tuple) -> None:
     assert parse_spec(spec) == expected
 
 
-@pytest.mark.parametrize("spec", ["", "a[", "a[b]", "a]b", "[x=1]"])
+@pytest.mark.parametrize("spec", ["", "a[", "a[b]", "a]b", "[x=1]", "a[b={]"])
 def test_malformed_specs_are_refused(spec: str) -> None:
     with pytest.raises(RequestError, match="cannot read"):
         parse_spec(spec)
@@ -94,12 +94,29 @@ def test_files_by_path(registry: Registry, tmp_path: Path) -> None:
     assert two.source_hash() != before
 
 
-def test_the_source_hash_follows_the_helpers_of_the_package() -> None:
+def test_the_source_hash_follows_what_the_room_provides(tmp_path: Path) -> None:
     import adapters
-    from explainer_bench import _sources
+    from explainer_bench import _collect_sources
 
-    files = {Path(file).name for file in _sources(adapters.registry.find("cdam").__module__, {})}
-    assert files == {"cdam.py", "vit.py", "base.py"}
+    sources: dict[str, str] = {}
+    _collect_sources(adapters.registry.find("cdam").__module__, {"adapters"}, sources)
+    assert set(sources) == {"adapters.cdam", "adapters.vit", "adapters.base", "adapters"}
+    file = tmp_path / "mine.py"
+    file.write_text("from adapters import vit\nclass Mine(vit.ViTExplainer):\n    name = 'mine'\n")
+    mine = adapters.registry.find(str(file))
+    sources = {}
+    _collect_sources(mine.__module__, {mine.__module__, "adapters"}, sources)
+    assert {"adapters.vit", "adapters.base"} < set(sources)
+
+
+def test_two_files_of_one_name_are_two_modules(registry: Registry, tmp_path: Path) -> None:
+    hashes = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "mine.py"
+        file.write_text(f"from {__name__} import Method\nclass M(Method):\n    name = 'm'  # {folder}\n")
+        hashes.append(registry.find(str(file)))
+    assert hashes[0].source_hash() != hashes[1].source_hash()
 
 
 def test_two_of_one_name_are_refused(registry: Registry, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import Explainer
-from adapters.base import ExplanationError, predict
+from adapters.base import ExplanationError, ModelChangedError, predict
 from explainer_bench import RequestError
 
 
@@ -70,6 +70,7 @@ class Returns(Explainer):
             "flat": good.flatten(),
             "fewer": good[:-1],
             "larger": good.repeat(1, 2, 1),
+            "empty": good[:, :0],
             "array": good.detach().numpy(),
         }
         return bad[self.what]  # type: ignore[return-value]
@@ -83,12 +84,30 @@ class Returns(Explainer):
         ("flat", "not"),
         ("fewer", "not"),
         ("larger", "larger than the image"),
+        ("empty", "empty"),
         ("array", "ndarray"),
     ],
 )
 def test_what_is_no_map_is_refused(plain: VisionTransformer, what: str, message: str) -> None:
     with pytest.raises(ExplanationError, match=message):
         Returns(what=what)(plain, torch.rand(2, 3, 32, 32), [0, 1])
+
+
+class Vandal(Explainer):
+    """Changes a weight."""
+
+    name = "vandal"
+    family = "test"
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.head.weight.mul_(2)
+        return inputs.mean(1)
+
+
+def test_changed_weights_are_noticed(plain: VisionTransformer) -> None:
+    with pytest.raises(ModelChangedError, match="changed the model's weights"):
+        Vandal()(plain, torch.rand(1, 3, 32, 32), [0])
 
 
 class Hungry(nn.Module):

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import adapters
+from explainer_bench import RequestError
 
 from .conftest import build
 
@@ -91,3 +93,11 @@ def test_gated_blocks_have_no_rule() -> None:
     from timm.layers import SwiGLU
 
     assert "gated" in adapters.get("transformer_attribution").supports(build(mlp_layer=SwiGLU))
+
+
+@pytest.mark.parametrize("name", ["rollout", "transformer_attribution"])
+def test_there_must_be_blocks_to_start_from(name: str) -> None:
+    assert "2 blocks" in (adapters.get(name, start_layer=2).supports(build()) or "")
+    assert adapters.get(name, start_layer=1).supports(build()) is None
+    with pytest.raises(RequestError, match="greater than or equal to 0"):
+        adapters.get(name, start_layer=-1)
