@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,8 @@ from leaderboards import statistics
 class _Cube:
     """The scores of one data set x model: (S, E, M) arrays, all axes sorted."""
 
-    values: np.ndarray  # NaN where undefined or not scored
+    values: np.ndarray  # NaN where not scored, or undefined for every explainer
+    undefined: np.ndarray  # bool: undefined for this explainer, defined for another
     scored: np.ndarray  # bool: a finished cell holds this sample
     chance: np.ndarray
     clusters: np.ndarray  # (S,) int
@@ -33,7 +34,18 @@ def _cube(scores: pd.DataFrame, metrics: list[str], explainers: list[str]) -> _C
     values[np.isinf(values)] = np.nan
     clusters = np.zeros(len(names), dtype=int)
     clusters[sample] = pd.factorize(scores["group"].astype(str), sort=True)[0]
-    return _Cube(values, scored, chance, clusters)
+    undefined = scored & np.isnan(values) & np.isfinite(values).any(axis=1, keepdims=True)
+    return _Cube(values, undefined, scored, chance, clusters)
+
+
+def _charged(cube: _Cube, sign: np.ndarray) -> _Cube:
+    """Charge a map that a metric cannot score with the worst score that any other map of its image has.
+
+    Else leaving out the hard images would raise a mean. Images that no map can be scored on (no ROI) stay out.
+    """
+    costs = np.where(np.isnan(cube.values), -np.inf, cube.values * sign)
+    worst = costs.max(axis=1, keepdims=True) * sign
+    return replace(cube, values=np.where(cube.undefined, worst, cube.values))
 
 
 def build_model(
@@ -41,10 +53,10 @@ def build_model(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the wide and the long rows of one data set x model, not yet in their final order."""
     rows, names = explainers.set_index("explainer"), metrics["metric"].to_numpy()
-    cube = _cube(scores, names.tolist(), rows.index.tolist())
+    sign = np.where(metrics["higher_is_better"], -1.0, 1.0)  # as costs, lower is better everywhere
+    cube = _charged(_cube(scores, names.tolist(), rows.index.tolist()), sign)
     rows = _with_gaps(rows, cube, scores, names)
     complete = (rows["status"] == "ok").to_numpy()
-    sign = np.where(metrics["higher_is_better"], -1.0, 1.0)  # as costs, lower is better everywhere
     replicates = statistics.bootstrap_means(cube.values, cube.clusters, n_boot, rng)
     ranks = statistics.rank(statistics.mean(cube.values) * sign, complete)
     resampled_ranks = statistics.rank(replicates * sign, complete)
@@ -53,7 +65,7 @@ def build_model(
         for column, key in ((name, "mean"), (f"{name}_ci_low", "ci_low"), (f"{name}_ci_high", "ci_high")):
             rows[column] = arrays[key][:, position]
     rows = rows.join(_overall(rows.index, complete, metrics["group"], ranks, resampled_ranks))
-    rows["beats_baselines"] = _beaten(cube, sign, metrics["group"], complete, rows["trivial"])
+    rows["beats_baselines"] = _beaten(cube, sign, metrics["group"], rows)
     axes = pd.MultiIndex.from_product([rows.index, names], names=["explainer", "metric"])
     long = pd.DataFrame({key: array.ravel() for key, array in arrays.items()}, index=axes).reset_index()
     columns = ["dataset", "model", "explainer_version", "params", "seconds_per_image", "status", "info"]
@@ -61,18 +73,23 @@ def build_model(
 
 
 def _with_gaps(rows: pd.DataFrame, cube: _Cube, scores: pd.DataFrame, metrics: np.ndarray) -> pd.DataFrame:
-    """Mark the explainers that lack scores which others have, and say which and why."""
-    defined, scored = np.isfinite(cube.values).sum(axis=0), cube.scored.sum(axis=0)
-    lacks = (scored < scored.max(axis=0)) | ((defined == 0) & (defined.max(axis=0) > 0))
+    """Mark the explainers that lack cells which others have; say of each which scores are missing or undefined."""
+    scored = cube.scored.sum(axis=0)
+    lacks = scored < scored.max(axis=0)
     rows = rows.assign(n_samples=cube.scored.any(axis=2).sum(axis=0), info=rows["info"].fillna("").astype(str))
     gaps = lacks.any(axis=1) | (rows["n_failed"] > 0).to_numpy()
     rows["status"] = rows["status"].mask((rows["status"] == "ok") & gaps, "incomplete")
-    for explainer, row in zip(rows.index, lacks, strict=True):
-        if row.any() and not row.all():
-            ours = scores[(scores["explainer"] == explainer) & scores["metric"].isin(metrics[row])]
-            reasons = ", ".join(sorted(set(ours.loc[ours["value"].isna(), "reason"].astype(str)) - {""}))
-            gap = f"lacks {', '.join(metrics[row])}" + (f" ({reasons})" if reasons else "")
-            rows.loc[explainer, "info"] = "; ".join(filter(None, [rows.loc[explainer, "info"], gap]))
+    counts = cube.undefined.sum(axis=0)
+    for position, explainer in enumerate(rows.index):
+        notes = [rows.loc[explainer, "info"]]
+        if lacks[position].any() and not lacks[position].all():
+            notes.append(f"lacks {', '.join(metrics[lacks[position]])}")
+        if counts[position].any():
+            which = [f"{metrics[m]} {counts[position, m]}" for m in np.flatnonzero(counts[position])]
+            ours = scores[(scores["explainer"] == explainer) & scores["metric"].isin(metrics[counts[position] > 0])]
+            reasons = sorted(set(ours.loc[ours["value"].isna(), "reason"].astype(str)) - {"", "empty ROI"})
+            notes.append(f"undefined, counted as the image's worst: {', '.join(which)} ({', '.join(reasons)})")
+        rows.loc[explainer, "info"] = "; ".join(filter(None, notes))
     return rows
 
 
@@ -83,7 +100,7 @@ def _per_metric(
     scored, mean = cube.scored.sum(axis=0), statistics.mean(cube.values)
     n = np.isfinite(cube.values).sum(axis=0)
     squares = np.nansum((cube.values - mean) ** 2, axis=0)
-    table = {"n": n, "n_failed": scored.max(axis=0) - scored, "mean": mean}
+    table = {"n": n - cube.undefined.sum(axis=0), "n_failed": scored.max(axis=0) - scored, "mean": mean}
     table["std"] = np.sqrt(np.divide(squares, n - 1, out=np.full(n.shape, np.nan), where=n > 1))
     table["ci_low"], table["ci_high"] = statistics.interval(replicates)
     table |= {"chance": statistics.mean(cube.chance), "rank": ranks}
@@ -110,8 +127,10 @@ def _overall(
     return pd.DataFrame(table, index=explainers)
 
 
-def _beaten(cube: _Cube, sign: np.ndarray, groups: pd.Series, complete: np.ndarray, trivial: pd.Series) -> list[str]:
+def _beaten(cube: _Cube, sign: np.ndarray, groups: pd.Series, rows: pd.DataFrame) -> list[str]:
     """Return for every explainer the trivial rows it beats, joined by semicolons; none for an incomplete one."""
-    codes, baselines = pd.factorize(groups)[0], trivial.to_numpy(bool)
-    wins = statistics.beats(cube.values * sign, codes, cube.clusters, complete, baselines)
-    return [";".join(trivial.index[row]) for row in wins]
+    codes, complete = pd.factorize(groups)[0], (rows["status"] == "ok").to_numpy()
+    wins = statistics.beats(cube.values * sign, codes, cube.clusters, complete, rows["trivial"].to_numpy(bool))
+    mean_rank = rows["mean_rank"].to_numpy() if "mean_rank" in rows else np.full(len(rows), np.nan)
+    wins &= mean_rank[:, None] < mean_rank  # never against the board's own order
+    return [";".join(rows.index[row]) for row in wins]

@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 
 CONFIDENCE = (2.5, 97.5)
 _CHUNK = 512
-_MIN_DIFFERENCES = 6  # the normal approximation of the signed-rank test is too bold below
+_MIN_CLUSTERS = 6  # the normal approximation of the signed-rank test is too bold below
 
 
 def generator(name: str, seed: int) -> np.random.Generator:
@@ -65,12 +65,13 @@ def bootstrap_means(values: np.ndarray, clusters: np.ndarray, n_boot: int, rng: 
     Returns
     -------
     ndarray
-        (B, E, M) float64; NaN where a resample holds no defined value.
+        (B, E, M) float64; NaN where a resample holds no defined value, and throughout if there are too few clusters
+        to say anything of their spread.
     """
     sums, counts = cluster_sums(values.reshape(len(values), int(np.prod(values.shape[1:]))), clusters)
     means = np.full((n_boot, sums.shape[1]), np.nan)
     start = 0
-    for weights in _weights(len(sums), n_boot, rng):
+    for weights in _weights(len(sums), n_boot, rng) if len(sums) >= _MIN_CLUSTERS else ():
         with np.errstate(invalid="ignore"):
             means[start : start + len(weights)] = (weights @ sums) / (weights @ counts)
         start += len(weights)
@@ -97,8 +98,13 @@ def interval(replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rank_interval(ranks: np.ndarray, replicates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of ranks (...) from (B, ...), of ranks that occurred, widened to hold the rank itself."""
+    """95 % interval of ranks (...) from (B, ...), of ranks that occurred, widened to hold the rank itself.
+
+    Without replicates every rank is possible.
+    """
     low, high = _percentile(replicates, CONFIDENCE[0], "lower"), _percentile(replicates, CONFIDENCE[1], "higher")
+    unknown = np.isfinite(ranks) & np.isnan(low)
+    low, high = np.where(unknown, 1, low), np.where(unknown, np.isfinite(ranks).sum(axis=0), high)
     return np.fmin(low, ranks), np.fmax(high, ranks)
 
 
@@ -184,8 +190,8 @@ def tie_groups(cost: np.ndarray, replicates: np.ndarray) -> np.ndarray:
 
 
 def _differences(first: np.ndarray, second: np.ndarray, groups: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """How much better `first` (S, M) ranks than `second`, by cluster, over the metrics that both have."""
-    gap = second - first
+    """By cluster, in [-1, 1]: how much more often `first` (S, M) costs less than `second`, over the metrics both have."""
+    gap = np.sign((second - first).astype(np.float32))
     votes = np.stack([mean(gap[:, groups == k].T) for k in range(int(groups.max()) + 1)])
     sums, counts = cluster_sums(mean(votes), clusters)
     return sums[counts > 0] / counts[counts > 0]
@@ -193,7 +199,7 @@ def _differences(first: np.ndarray, second: np.ndarray, groups: np.ndarray, clus
 
 def _p_value(differences: np.ndarray) -> float:
     """One-sided Wilcoxon signed-rank test that the differences lie above 0."""
-    if np.count_nonzero(differences) < _MIN_DIFFERENCES:
+    if np.count_nonzero(differences) < _MIN_CLUSTERS:
         return 1.0
     return float(stats.wilcoxon(differences.round(9), alternative="greater").pvalue)
 
@@ -203,9 +209,9 @@ def beats(
 ) -> np.ndarray:
     """Test which explainers beat which trivial rows.
 
-    On each sample, explainers are ranked within every metric among those defined there. For each pair, the rank
-    differences in the metrics that both have are averaged within groups of metrics, over these groups, and over the
-    samples of a cluster; a one-sided Wilcoxon test over clusters follows, Holm-corrected over all pairs, alpha 0.05.
+    On each sample, every metric that both of a pair have votes for one of them (1, 0 or -1; no other explainer has a
+    say). Votes are averaged within groups of metrics, over these groups, and over the samples of a cluster; a one-sided
+    Wilcoxon test over clusters follows, Holm-corrected over all pairs, alpha 0.05.
 
     Parameters
     ----------
@@ -223,11 +229,10 @@ def beats(
     ndarray
         (E, E) bool: whether the row beats the column.
     """
-    ranks = rank(cost, np.ones(cost.shape[1], dtype=bool))
     pairs = [(i, j) for i in np.flatnonzero(rows) for j in np.flatnonzero(trivial) if i != j]
     result = np.zeros((cost.shape[1],) * 2, dtype=bool)
     if pairs:
-        p_values = [_p_value(_differences(ranks[:, i], ranks[:, j], groups, clusters)) for i, j in pairs]
+        p_values = [_p_value(_differences(cost[:, i], cost[:, j], groups, clusters)) for i, j in pairs]
         rejected = multipletests(p_values, alpha=0.05, method="holm")[0]
         result[tuple(np.transpose(pairs))] = rejected
     return result

@@ -59,12 +59,13 @@ def make_tables() -> Callable[..., Tables]:
 
 @pytest.fixture
 def tables() -> Tables:
-    """A board of six: `good` and its `twin` beat `random`, `plain` does not, `constant` is undefined in one metric."""
+    """A board of six: `good` and its `twin` beat `random`, `plain` is worse, `constant` is undefined in one metric."""
     rng = np.random.default_rng(0)
     better = np.array([1, 1, 1, 1, -1])
     values = {name: rng.normal(size=(48, 5)) for name in ("good", "plain", "random", "constant", "late")}
     values["good"] += 1.5 * better
     values["late"] += 0.5 * better
+    values["plain"] -= 0.6 * better
     values["twin"] = values["good"].copy()
     values["constant"][:, 4] = np.nan
     return _make_tables(values, trivial=("random", "constant"))

@@ -144,7 +144,7 @@ def test_nothing_is_loaded_from_elsewhere(index):
 
 def test_page_says_what_a_reader_needs(index):
     html = index.read_text()
-    for text in ("what it measures", "lacks class_correlation (constant map)", "2 of 2", "region of interest", "m1"):
+    for text in ("what it measures", "class_correlation 48 (constant map)", "2 of 2", "region of interest", "m1"):
         assert text in html
     assert html.count('<span class="badge trivial">trivial</span>') == 3  # two rows and the explanation
     assert html.count("beats no trivial row") == 1  # plain

@@ -49,9 +49,10 @@ def test_numbers_are_those_of_pandas(tables):
     long = build(tables).long["toy"].set_index(["explainer", "metric"])
     expected = tables.scores.groupby(["explainer", "metric"])["value"].agg(["count", "mean", "std"]).loc[long.index]
     np.testing.assert_array_equal(long["n"].astype(int), expected["count"])
+    defined = expected["count"] == 48
     for column in ("mean", "std"):
-        np.testing.assert_allclose(long[column], expected[column])
-    assert ((long["ci_low"] <= long["mean"]) == long["mean"].notna()).all()
+        np.testing.assert_allclose(long.loc[defined, column], expected.loc[defined, column])
+    assert (long["ci_low"] <= long["mean"]).all() and (long["mean"] <= long["ci_high"]).all()
     assert (long["chance"] == 0.5).all()
 
 
@@ -63,9 +64,10 @@ def test_ranks_follow_the_direction_of_each_metric(tables):
 
 
 def test_board_is_sorted_by_rank_and_incomplete_rows_come_last(tables):
-    board = build(tables).wide["toy"]
+    explainers = tables.explainers.assign(n_failed=(tables.explainers["explainer"] == "random").astype(int))
+    board = build(tables, explainers=explainers).wide["toy"]
     assert board["explainer"].tolist()[:3] == ["good", "twin", "late"]
-    assert board["explainer"].iloc[-1] == "constant"
+    assert board["explainer"].iloc[-1] == "random"
     assert board["rank"].dropna().is_monotonic_increasing
     assert board["mean_rank"].dropna().is_monotonic_increasing
 
@@ -77,19 +79,40 @@ def test_identical_explainers_share_rank_interval_and_tie_group(tables):
     assert board.loc["good", "rank"] == 1 and board.loc["late", "rank"] == 3
 
 
-def test_gaps_are_named_and_never_averaged_over(tables):
-    board = by_explainer(build(tables))
-    row = board.loc["constant"]
-    assert row[["mean_rank", "rank", "rank_low", "tie_group", "class_sensitivity_rank"]].isna().all()
-    assert row["faithfulness_rank"] > 0 and np.isfinite(row["srg"]) and row["beats_baselines"] == ""
-    assert row["status"] == "incomplete"
-    assert row["info"] == "lacks class_correlation (constant map)"
+def test_an_undefined_score_counts_as_the_worst_of_its_image(tables):
+    boards = build(tables)
+    row = by_explainer(boards).loc["constant"]
+    assert row["status"] == "ok" and row["rank"] > 0
+    assert row["info"] == "undefined, counted as the image's worst: class_correlation 48 (constant map)"
+    others = tables.scores.query("metric == 'class_correlation'").groupby("sample")["value"].max()
+    assert row["class_correlation"] == pytest.approx(others.mean())  # lower is better
+    assert boards.long["toy"].set_index(["explainer", "metric"]).loc[("constant", "class_correlation"), "n"] == 0
 
 
-def test_incomplete_row_moves_no_other(tables):
-    whole = by_explainer(build(tables)).drop("constant").drop(columns="beats_baselines")
-    rest = {name: getattr(tables, name).query("explainer != 'constant'") for name in ("scores", "explainers")}
-    pd.testing.assert_frame_equal(whole, by_explainer(build(tables, **rest)).drop(columns="beats_baselines"))
+def test_leaving_out_the_hard_images_does_not_pay(make_tables):
+    easy = np.random.default_rng(0).normal(size=(40, 5)) * [1, 1, 1, 1, -1]
+    easy[:20] -= 5 * np.array([1, 1, 1, 1, -1])
+    shy = easy - 0.001 * np.array([1, 1, 1, 1, -1])
+    shy[:20] = np.nan
+    board = by_explainer(build(make_tables({"honest": easy, "shy": shy})))
+    assert (board.loc["honest", "rank"], board.loc["shy", "rank"]) == (1, 2)
+
+
+def test_an_image_that_no_map_can_be_scored_on_stays_out(make_tables):
+    values = {name: np.random.default_rng(i).normal(size=(40, 5)) for i, name in enumerate(("a", "b"))}
+    for table in values.values():
+        table[:10, 2] = np.nan
+    board = by_explainer(build(make_tables(values)))
+    assert (board["status"] == "ok").all() and (board["info"] == "").all()
+    assert board.loc["a", "pointing_game"] == pytest.approx(np.nanmean(values["a"][:, 2]))
+
+
+def test_too_few_clusters_say_nothing_of_certainty(make_tables):
+    rng = np.random.default_rng(0)
+    values = {name: rng.normal(size=(40, 5)) + shift for name, shift in (("a", 0), ("b", 9), ("c", 5))}
+    board = by_explainer(build(make_tables(values, groups=np.arange(40) % 5)))
+    assert (board["rank_low"] == 1).all() and (board["rank_high"] == 3).all() and (board["tie_group"] == 1).all()
+    assert board[["srg_ci_low", "srg_ci_high"]].isna().all(axis=None)
 
 
 def test_unfinished_shard_makes_a_row_incomplete(tables):
@@ -204,7 +227,7 @@ def test_file_names_stay_in_the_folder(tables, tmp_path):
 
 def test_summary_fits_a_terminal(tables):
     text = leaderboards.summary(build(tables).wide["toy"])
-    assert text.loc[0, "rank"].startswith("1 [1-") and text["rank"].iloc[-1] == ""
+    assert text.loc[0, "rank"].startswith("1 [1-") and text["rank"].iloc[-1].startswith("6 [")
     assert text.loc[0, "beats"] == "constant, random" and "model" not in text
 
 
