@@ -20,7 +20,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar, dataclass_transform
@@ -107,6 +107,7 @@ class Component:
         return self.spec
 
     @classmethod
+    @cache
     def source_hash(cls) -> str:
         """SHA-256 of the sources of the class and its bases and of all of their rooms that they import."""
         modules = [base.__module__ for base in cls.__mro__ if base not in (object, Component)]
