@@ -41,7 +41,7 @@ class Lime(Explainer):
             return predict(model, batch).softmax(1).double().cpu().numpy()
 
         def query_once(images: np.ndarray) -> np.ndarray:
-            digests = [hashlib.blake2b(np.ascontiguousarray(each)).digest() for each in images]
+            digests = [hashlib.blake2b(each.tobytes()).digest() for each in images]
             new = {digest: each for digest, each in zip(digests, images, strict=True) if digest not in known}
             if new:
                 known.update(zip(new, query(np.stack(list(new.values()))), strict=True))

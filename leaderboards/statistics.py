@@ -190,7 +190,7 @@ def tie_groups(cost: np.ndarray, replicates: np.ndarray) -> np.ndarray:
 
 
 def _differences(first: np.ndarray, second: np.ndarray, groups: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """By cluster, in [-1, 1]: how much more often `first` (S, M) costs less than `second`, over the metrics both have."""
+    """By cluster, in [-1, 1]: how much more often `first` (S, M) costs less than `second`, in metrics both have."""
     gap = np.sign((second - first).astype(np.float32))
     votes = np.stack([mean(gap[:, groups == k].T) for k in range(int(groups.max()) + 1)])
     sums, counts = cluster_sums(mean(votes), clusters)

@@ -60,7 +60,7 @@ def test_states_its_facts(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_explains_any_vit_the_same_alone_and_in_a_batch_under_no_grad(name: str, vit: VisionTransformer) -> None:
-    inputs, targets = batch(vit)
+    inputs, targets = batch(vit.double())  # in float32 rounding alone moves transformer_attribution by more
     before = state(vit)
     with torch.no_grad():
         together = explain(name, vit, inputs, targets)
