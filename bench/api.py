@@ -28,7 +28,7 @@ class Result:
     report : Report or None
         The boards, as ``report.boards.wide[dataset]`` and ``report.boards.long[dataset]``; None after a single stage.
     failures : list of str
-        One line for each explainer, or pair of explainer and metric, with failed cells.
+        One line for each explainer or metric with failed cells.
     """
 
     counts: dict[str, int]
@@ -48,10 +48,14 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise RequestError(f"no device {name!r} here: use auto, cpu, cuda or cuda:N.") from error
-    return torch.device(name)
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        known = device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError, ValueError):
+        known = False
+    if not known:
+        raise RequestError(f"no device {name!r} here: use auto, cpu, cuda or cuda:N.")
+    return device
 
 
 def run(
@@ -100,20 +104,16 @@ def run(
     root = Path(data_root) if data_root is not None else None
     this = Run(chosen, out, root, choose_device(device), batch_size, shard, fresh)
     this.execute(tuple(stages) if stages else STAGES, progress)
-    counts = dict(this.done)
-    if stages:
-        return Result(counts, this.stages, None, [])
     reports.write_plan(this)
+    if stages or not any(out.glob("scores/**/*.parquet")):
+        failed = [
+            f"{n} {kind.removesuffix(' failed')}: see {out / 'failures'}"
+            for kind, n in this.done.items()
+            if "failed" in kind
+        ]
+        return Result(dict(this.done), this.stages, None, failed)
     reports.write_pictures(this)
     report = reports.read(out)
     reports.write(report, out, out / "leaderboards")
     reports.write_manifest(this, time.perf_counter() - start)
-    return Result(counts, this.stages, report, _failures(report))
-
-
-def _failures(report: reports.Report) -> list[str]:
-    return [
-        f"{row.explainer} on {row.dataset}, {row.model}: {row.n_failed} samples: {row.info}"
-        for board in report.boards.wide.values()
-        for row in board[board["status"] == "failed"].itertuples()
-    ]
+    return Result(dict(this.done), this.stages, report, report.failures)

@@ -26,6 +26,8 @@ app.add_typer(data_app, name="data")
 _WIDTH = None if sys.stdout.isatty() else 160  # tables in files and pipes are not folded to 80 columns
 out, err = Console(width=_WIDTH), Console(stderr=True)
 
+INTERRUPTED = 130  # what Typer exits with on Ctrl-C
+
 DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the data set.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
@@ -53,12 +55,13 @@ def main() -> None:
     """Run the command line: exit code 0 = done, 1 = some cells failed, 2 = the request was wrong."""
     try:
         app()
-    except RequestError as error:
+    except (RequestError, OSError) as error:
         err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on from here.")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            err.print("interrupted; finished cells are kept, and the same command goes on from here.")
+        raise
 
 
 @app.callback(invoke_without_command=True)
@@ -114,13 +117,16 @@ def run(
         )
     out.print(_counts(result.counts), highlight=False)
     out.print(_costs(result.stages), highlight=False)
-    if result.report is None:
-        return
-    _print_boards(result.report)
-    out.print(f"Boards: {folder / 'leaderboards'} (page: {folder / 'leaderboards' / 'index.html'})", soft_wrap=True)
-    if result.failures:
-        for line in result.failures:
-            err.print(f"failed: {line}", markup=False, highlight=False, soft_wrap=True)
+    if result.report:
+        _print_boards(result.report)
+        out.print(f"Boards: {folder / 'leaderboards'} (page: {folder / 'leaderboards' / 'index.html'})", soft_wrap=True)
+    _fail(result.failures)
+
+
+def _fail(lines: list[str]) -> None:
+    for line in lines:
+        err.print(f"failed: {line}", markup=False, highlight=False, soft_wrap=True)
+    if lines:
         raise typer.Exit(1)
 
 
@@ -150,7 +156,8 @@ def _print_boards(report: Any) -> None:
     import leaderboards
 
     for name, wide in report.boards.wide.items():
-        _print_table(leaderboards.summary(wide), f"{name} (lower mean rank is better; rank with its 95 % interval)")
+        summary = leaderboards.summary(wide, report.boards.trivial)
+        _print_table(summary, f"{name} (lower mean rank is better; rank with its 95 % interval)")
     if report.missing:
         out.print(f"{report.missing} cells of the plan are not computed yet.")
 
@@ -197,9 +204,7 @@ def board(
     report.write(result, folder, target)
     _print_boards(result)
     out.print(f"Boards: {target}", soft_wrap=True)
-    if result.failed:
-        err.print(f"{result.failed} cells failed: see {folder / 'failures'}", soft_wrap=True)
-        raise typer.Exit(1)
+    _fail(result.failures)
 
 
 @app.command("list")

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ def write_plan(run: Run) -> None:
     for problem in run.problems:
         dataset, model = problem.names
         for explainer in run.explainers:
-            reason = explainer.supports(problem.model.module)
+            reason = run.refusal(problem, explainer)
             explainers.append(
                 {
                     "dataset": dataset,
@@ -47,7 +48,7 @@ def write_plan(run: Run) -> None:
                     "trivial": explainer.trivial,
                     "signed": explainer.signed,
                     "status": "unsupported" if reason else "ok",
-                    "info": reason or "",
+                    "info": reason,
                 }
             )
         for index in range(problem.n_shards):
@@ -99,9 +100,12 @@ def _constants(run: Run) -> dict[str, Any]:
 
 
 def _git() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    """Return the state of this package's own checkout, or "" where there is none, or no git."""
+    house = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(house), "describe", "--always", "--dirty", "--abbrev=12"]
+    if not (house / ".git").exists() or not shutil.which("git"):
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write_pictures(run: Run) -> None:
@@ -134,12 +138,12 @@ def write_pictures(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """Boards, and the cells of the plan they stand on."""
+    """Boards, the cells of the plan they stand on, and one line for everything that failed."""
 
     boards: leaderboards.Boards
     done: int
-    failed: int
     missing: int
+    failures: list[str]
 
 
 def read(folder: Path) -> Report:
@@ -161,13 +165,26 @@ def read(folder: Path) -> Report:
         store.read_table(cell["scores"]).assign(**_names(cell)) for cell in cells[cells["done"]].to_dict("records")
     ]
     if not scores:
-        raise RequestError(f"{folder} holds no finished cell yet: run the suite, or see {folder}/failures.")
-    explainers = [_explainer_row(store, row, cells) for row in plan["explainers"]]
+        raise RequestError(f"{folder} holds no finished scores: run the suite, or see {folder / 'failures'}.")
+    failed = cells[cells["error"] != ""]
+    by_metric = cells.groupby(["dataset", "model", "metric"])
+    broken = by_metric["done"].transform("sum").eq(0) & by_metric["error"].transform("min").ne("")
+    explainers = [_explainer_row(store, row, cells, broken) for row in plan["explainers"]]
     boards = leaderboards.build(
         pd.concat(scores, ignore_index=True), pd.DataFrame(plan["metrics"]), pd.DataFrame(explainers), _run(plan["run"])
     )
-    done, failed = int(cells["done"].sum()), int(((cells["error"] != "") & ~cells["done"]).sum())
-    return Report(boards, done, failed, len(cells) - done - failed)
+    done = int(cells["done"].sum())
+    return Report(boards, done, len(cells) - done - len(failed), _failure_lines(failed, broken))
+
+
+def _failure_lines(failed: pd.DataFrame, broken: pd.Series) -> list[str]:
+    """Return a line for each metric that failed for everyone, and for each explainer that failed otherwise."""
+    lines = []
+    for culprit, rows in (("metric", failed[broken[failed.index]]), ("explainer", failed[~broken[failed.index]])):
+        for (dataset, model, name), cells in rows.groupby(["dataset", "model", culprit], sort=True):
+            samples = cells.drop_duplicates("shard")["n"].sum()
+            lines.append(f"{culprit} {name} on {dataset}, {model}: {samples} samples: {cells['error'].iloc[0]}")
+    return lines
 
 
 def _names(cell: Mapping[Any, Any]) -> dict[str, Any]:
@@ -181,12 +198,13 @@ def _error(store: Store, cell: Mapping[str, Any]) -> str:
     return next(filter(None, map(store.failure, [*cell["explanations"], cell["scores"]])), "")
 
 
-def _explainer_row(store: Store, row: Mapping[str, Any], cells: pd.DataFrame) -> dict[str, Any]:
+def _explainer_row(store: Store, row: Mapping[str, Any], cells: pd.DataFrame, broken: pd.Series) -> dict[str, Any]:
+    """Complete a row of the plan: a metric that failed for every explainer is no fault of this one."""
     mine = cells[
         (cells[["dataset", "model", "explainer"]] == [row["dataset"], row["model"], row["explainer"]]).all(axis=1)
     ]
     per_shard = mine.groupby("shard")
-    failed = mine[mine["error"] != ""]
+    failed = mine[(mine["error"] != "") & ~broken[mine.index]]
     status = {"status": "failed", "info": failed["error"].iloc[0]} if len(failed) else {}
     maps = [(cell[0], n) for cell, n in zip(per_shard["explanations"].first(), per_shard["n"].first(), strict=True)]
     timed = [(float(store.read_arrays(cell)["seconds"]), n) for cell, n in maps if store.exists(cell, "npz")]

@@ -186,13 +186,15 @@ def write(boards: Boards, folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def summary(wide: pd.DataFrame) -> pd.DataFrame:
+def summary(wide: pd.DataFrame, trivial: frozenset[str]) -> pd.DataFrame:
     """Return the few columns of a wide board that fit a terminal, as text.
 
     Parameters
     ----------
     wide : DataFrame
         One of ``Boards.wide``.
+    trivial : set of str
+        ``Boards.trivial``.
     """
     text = pd.DataFrame(
         {"rank": [_span(row) for row in wide[["rank", "rank_low", "rank_high"]].itertuples(index=False)]}
@@ -203,7 +205,13 @@ def summary(wide: pd.DataFrame) -> pd.DataFrame:
     text["explainer"] = wide["explainer"]
     for name in [column for column in wide.columns.astype(str) if column.endswith("_rank")]:
         text[name.removesuffix("_rank")] = [_number(value, 1) for value in wide[name]]
-    text["beats"] = wide["beats_baselines"].str.replace(";", ", ")
+    beaten = wide["beats_baselines"].str.split(";")
+    unbeaten = [sorted(trivial - set(names)) for names in beaten]
+    rows = zip(wide["explainer"], wide["rank"], unbeaten, strict=True)
+    text["does not beat"] = [
+        "(trivial)" if name in trivial else "" if pd.isna(rank) else ", ".join(names) or "none: it beats all"
+        for name, rank, names in rows
+    ]
     text["s/image"] = [_number(value, 4) for value in wide["seconds_per_image"]]
     text["status"] = wide["status"]
     return text

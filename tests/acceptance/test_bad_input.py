@@ -44,6 +44,9 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["quickstart", "--model", "missing.safetensors"], ["no such", "missing.safetensors"]),
         (["quickstart", "--shard", "3/2"], ["--shard", "i/n"]),
         (["quickstart", "--device", "tpu0"], ["no device 'tpu0'"]),
+        (["quickstart", "--device", "meta"], ["no device 'meta'"]),
+        (["quickstart", "--explainers", "rollout[start_layer={]"], ["cannot read the value"]),
+        (["quickstart", "--explainers", "rollout[start_layer=6]"], ["none of the explainers supports", "6 blocks"]),
         (["busi", "--model", "digits_vit"], ["--data-root", "busi"]),
         (["busi", "--model", "digits_vit", "--data-root", "nowhere"], ["nowhere"]),
         (["busi"], ["no model", "--model"]),
@@ -144,12 +147,15 @@ def test_checkpoints(command: Command, tmp_path: Path, lesions: tuple[Path, Path
 
 def test_folders(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refused(command("run", "quickstart", "--samples", 1, "--out", tmp_path / "file"), "is a file")
+    refused(command("run", "quickstart", "--samples", 1, "--out", tmp_path / "file"), "cannot write to", "file")
+    refused(command("run", "quickstart", "--samples", 1, "--out", "/proc/nowhere"), "cannot write to", "/proc/nowhere")
     refused(command("board", tmp_path), "plan.json")
 
 
 def test_a_submission_that_cannot_be_imported_is_one_line(command: Command, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import nothing_of_the_kind\n")
     refused(command("run", "quickstart", "--explainers", tmp_path / "mine.py"), "mine.py", "nothing_of_the_kind")
+    (tmp_path / "exit.py").write_text("import sys\nsys.exit(0)\n")
+    refused(command("run", "quickstart", "--explainers", tmp_path / "exit.py"), "exit.py", "SystemExit")
     (tmp_path / "empty.py").write_text("x = 1\n")
     refused(command("run", "quickstart", "--explainers", tmp_path / "empty.py"), "empty.py")

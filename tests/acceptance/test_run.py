@@ -97,7 +97,8 @@ def test_a_run_leaves_boards_a_page_and_a_manifest(finished: Path) -> None:
         defined = wide[wide[metric].notna()]
         assert (defined[f"{metric}_ci_low"] <= defined[metric]).all()
         assert (defined[metric] <= defined[f"{metric}_ci_high"]).all()
-    assert wide.set_index("explainer").loc["constant", "status"] == "incomplete"
+    constant = wide.set_index("explainer").loc["constant"]
+    assert "srg[steps=4] 20" in constant["info"] and constant["rank"] == 4
     assert list(pd.read_csv(finished / "leaderboards/digits.long.csv").columns) == LONG
     page = (finished / "leaderboards/index.html").read_text()
     assert "cdam" in page and "data:image/" in page
@@ -133,6 +134,8 @@ def test_parts_of_a_divided_run_make_the_same_boards(
     command: Command, checkpoint: Path, finished: Path, tmp_path: Path
 ) -> None:
     arguments = ["run", "quickstart", "--model", checkpoint, *HERE, "--out", tmp_path]
+    none = command(*arguments, "--shard", "3/3")  # there are two shards of 16
+    assert none.code == 0 and not (tmp_path / "leaderboards").exists()
     assert "16 cells of the plan are not computed yet" in command(*arguments, "--shard", "2/2").out
     assert command(*arguments, "--shard", "1/2").code == 0
     assert tables(tmp_path) == tables(finished)
@@ -146,13 +149,14 @@ def test_stages_run_alone(command: Command, checkpoint: Path, finished: Path, tm
     assert early.code == 2 and "run the stage `predict` first" in early.err
     for stage in ("predict", "explain", "score"):
         assert command(*arguments, "--stage", stage).code == 0
+    assert command("board", tmp_path, "--out", tmp_path / "early").code == 0
     assert "scores: 0 computed" in command(*arguments).out
     assert tables(tmp_path) == tables(finished)
 
 
-@pytest.mark.parametrize("moment", [0.15, 0.6])
+@pytest.mark.parametrize(("moment", "how"), [(0.15, signal.SIGKILL), (0.6, signal.SIGKILL), (0.4, signal.SIGINT)])
 def test_killed_in_the_middle_it_goes_on_where_it_was(
-    command: Command, checkpoint: Path, finished: Path, tmp_path: Path, moment: float
+    command: Command, checkpoint: Path, finished: Path, tmp_path: Path, moment: float, how: signal.Signals
 ) -> None:
     arguments = ["run", "quickstart", "--model", str(checkpoint), *map(str, HERE), "--out", str(tmp_path)]
     code = "import sys; from bench.cli import main; sys.argv[0] = 'explainer-bench'; main()"
@@ -161,8 +165,10 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(
     while len(list(tmp_path.glob("scores/**/*.parquet"))) < 32 * moment:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.send_signal(how)
+    _, err = process.communicate()
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and b"goes on from here" in err and b"Traceback" not in err
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("scores/**/[!.]*.parquet")}
     assert 0 < len(kept) < 32
     outcome = command(*arguments)
@@ -229,8 +235,64 @@ def test_a_broken_explainer_fails_its_own_cells_only(
     expected = pd.read_csv(finished / "leaderboards/digits.csv").set_index("explainer")
     healthy = wide.loc[FAST.split(",")]
     same = ["mean_rank", "rank", "rank_low", "rank_high", "srg[steps=4]", "srg[steps=4]_ci_low", "status"]
-    pd.testing.assert_frame_equal(healthy[same], expected.loc[FAST.split(","), same])
+    pd.testing.assert_frame_equal(healthy[same], expected.loc[FAST.split(","), same], check_dtype=False)
     assert "traceback" in next((tmp_path / "run/failures").rglob("*.json")).read_text()
+
+
+BAD_METRIC = '''
+import numpy as np
+from metrics import Metric
+
+class AllFail(Metric):
+    """Fails."""
+
+    name = "all_fail"
+    group = "compactness"
+
+    def score(self, samples):
+        return np.zeros(len(samples)) if False else 0.5
+'''
+
+
+def test_a_metric_that_fails_for_all_takes_no_rank_away(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(BAD_METRIC)
+    arguments = ["--explainers", "cdam,random,rollout", "--samples", 8, "--out", tmp_path / "run"]
+    listed = f"sparseness,{tmp_path / 'bad.py'}"
+    outcome = command("run", "quickstart", "--model", checkpoint, "--metrics", listed, *arguments)
+    assert outcome.code == 1
+    assert "metric all_fail" in outcome.err and "not one score for each of 8" in outcome.err
+    wide = pd.read_csv(tmp_path / "run/leaderboards/digits.csv")
+    assert wide["rank"].notna().all() and (wide["status"] == "ok").all()
+
+
+def test_computed_again_and_failing_leaves_no_old_result(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(
+        BROKEN.replace(
+            'if self.how == "nan":',
+            'if __import__("os").environ.get("BREAK") is None:\n            return inputs.mean(1)\n        if True:',
+        )
+    )
+    arguments = ["run", "quickstart", "--model", checkpoint, "--metrics", "sparseness", "--samples", 4]
+    arguments += ["--explainers", f"{file}:Broken[how=x],random", "--out", tmp_path / "run"]
+    assert command(*arguments).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BREAK", "1")
+        assert command(*arguments, "--fresh").code == 1
+    wide = pd.read_csv(tmp_path / "run/leaderboards/digits.csv").set_index("explainer")
+    assert wide.loc["broken[how=x]", "status"] == "failed" and np.isnan(wide.loc["broken[how=x]", "sparseness"])
+
+
+def test_another_version_of_the_data_set_is_another_cell(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    text = "from bench.datasets.digits import Digits\nclass Mine(Digits):\n    name = 'mine'\n"
+    file.write_text(text)
+    arguments = ["run", "quickstart", "--dataset", file, "--model", checkpoint, "--metrics", "pointing_game"]
+    arguments += ["--explainers", "random", "--samples", 4, "--out", tmp_path / "run"]
+    assert "scores: 1 computed" in command(*arguments).out
+    assert "scores: 0 computed" in command(*arguments).out
+    file.write_text(text + "    version = '2'\n")
+    assert "scores: 1 computed" in command(*arguments).out
 
 
 def test_a_mended_explainer_is_computed_and_its_failure_forgotten(

@@ -226,9 +226,12 @@ def test_file_names_stay_in_the_folder(tables, tmp_path):
 
 
 def test_summary_fits_a_terminal(tables):
-    text = leaderboards.summary(build(tables).wide["toy"])
-    assert text.loc[0, "rank"].startswith("1 [1-") and text["rank"].iloc[-1].startswith("6 [")
-    assert text.loc[0, "beats"] == "constant, random" and "model" not in text
+    boards = build(tables)
+    text = leaderboards.summary(boards.wide["toy"], boards.trivial).set_index("explainer")
+    assert text["rank"].iloc[0].startswith("1 [1-") and text["rank"].iloc[-1].startswith("6 [")
+    assert text.loc["good", "does not beat"] == "none: it beats all" and "model" not in text
+    assert text.loc["plain", "does not beat"] == "constant, random"
+    assert text.loc["random", "does not beat"] == "(trivial)"
 
 
 @pytest.mark.parametrize(
