@@ -103,7 +103,7 @@ def run(
         seed=seed,
     )
     folder = output or Path("runs") / chosen.name
-    with _bars("shards") as progress:
+    with _bars("explainers x shards") as progress:
         result = api.run(
             chosen,
             out=folder,
@@ -171,11 +171,19 @@ def _print_table(table: Any, title: str) -> None:
     out.print(shown)
 
 
+class _Rate(rich.progress.ProgressColumn):
+    """Steps per second so far."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        """Return the text of the column."""
+        return Text(f"{task.speed:.2f}/s," if task.speed else "")
+
+
 @contextmanager
 def _bars(unit: str) -> Iterator[Callable[..., None]]:
     """Show a bar per task with rate and time left on a terminal; elsewhere a line per finished task."""
     columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(), unit)
-    times = (rich.progress.TimeElapsedColumn(), "elapsed,", rich.progress.TimeRemainingColumn(), "left")
+    times = (_Rate(), rich.progress.TimeElapsedColumn(), "elapsed,", rich.progress.TimeRemainingColumn(), "left")
     with rich.progress.Progress(*columns, *times, console=err, disable=not err.is_terminal) as bars:
         tasks: dict[str, rich.progress.TaskID] = {}
         starts: dict[str, float] = {}

@@ -30,7 +30,7 @@ from metrics import Metric, Samples
 from metrics.quantus_bridge import with_gradients
 
 STAGES = ("predict", "explain", "score")
-Progress = Callable[[str, int, int], None]  # stage, done, total
+Progress = Callable[[str, int, int], None]  # stage, done, total: one step is one explainer on one shard
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,20 @@ class Run:
 
         An explainer or metric that fails costs its own cells only, each recorded in the store.
         """
-        steps = {"predict": self._predict, "explain": self._explain, "score": self._score}
+        work = {"predict": self._predict, "explain": self._explain, "score": self._score}
         for stage in stages:
             # Predictions decide which classes are explained, so every part of a divided run has them all.
             ranges = {p: range(p.n_shards) if stage == "predict" else self.shards(p) for p in self.problems}
-            total = sum(map(len, ranges.values()))
+            total = sum(len(shards) * self._steps(stage, problem) for problem, shards in ranges.items())
             with self._measured(stage), _full_precision():
                 progress(stage, 0, total)
-                for count, (problem, index) in enumerate(((p, i) for p in ranges for i in ranges[p]), 1):
-                    steps[stage](problem, problem.shard(index))
+                shards = ((problem, problem.shard(index)) for problem in ranges for index in ranges[problem])
+                done = (step for problem, shard in shards for step in work[stage](problem, shard))
+                for count, _ in enumerate(done, 1):
                     progress(stage, count, total)
+
+    def _steps(self, stage: str, problem: Problem) -> int:
+        return 1 if stage == "predict" else len(self.supported(problem))
 
     @contextmanager
     def _measured(self, stage: str) -> Iterator[None]:
@@ -171,10 +175,13 @@ class Run:
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
 
-    def _predict(self, problem: Problem, shard: Shard) -> None:
+    def _predict(self, problem: Problem, shard: Shard) -> Iterator[None]:
         cell = self.prediction_cell(problem, shard)
-        if self._is_done("predictions", cell, "npz"):
-            return
+        if not self._is_done("predictions", cell, "npz"):
+            self._predict_cell(problem, shard, cell)
+        yield
+
+    def _predict_cell(self, problem: Problem, shard: Shard, cell: str) -> None:
         model = with_gradients(problem.model.module, shard.inputs[:1].to(self.device))
         with torch.no_grad():
             logits = model(shard.inputs.to(self.device)).detach().double().cpu().numpy()
@@ -212,13 +219,14 @@ class Run:
         hashed = key(base, identity(explainer), classes.tolist(), self.suite.seed, context)
         return self.store.path("explanations", *problem.names, explainer.spec, key=hashed)
 
-    def _explain(self, problem: Problem, shard: Shard) -> None:
+    def _explain(self, problem: Problem, shard: Shard) -> Iterator[None]:
         known = self.known(problem, shard)
         for explainer in self.supported(problem):
             cells = {self.explanation_cell(problem, shard, explainer, c): c for c in known.classes(explainer)}
             missing = [cell for cell in cells if not self._is_done("explanations", cell, "npz")]
             for group in [missing] if explainer.shares_draws and missing else [[cell] for cell in missing]:
                 self._explain_cells(problem, shard, explainer, {cell: cells[cell] for cell in group})
+            yield
 
     def _explain_cells(
         self, problem: Problem, shard: Shard, explainer: Explainer, cells: dict[str, np.ndarray]
@@ -260,22 +268,33 @@ class Run:
         hashed = key(maps, identity(metric), self.suite.seed, problem.model.patch)
         return self.store.path("scores", *problem.names, explainer.spec, metric.spec, key=hashed)
 
-    def _score(self, problem: Problem, shard: Shard) -> None:
+    def _score(self, problem: Problem, shard: Shard) -> Iterator[None]:
         known = self.known(problem, shard)
         shared: dict[Any, np.ndarray] = {}
         for explainer in self.supported(problem):
             cells = {self.score_cell(problem, shard, explainer, metric, known): metric for metric in self.metrics}
-            missing = [cell for cell in cells if not self._is_done("scores", cell, "parquet")]
-            if not missing:
-                continue
-            try:
-                samples = self.samples(problem, shard, explainer, known, shared)
-            except FileNotFoundError:  # its maps failed, and so do its scores, older ones included
-                self.store.drop(missing)
-                self.done["scores failed"] += len(missing)
-                continue
-            for cell in missing:
-                self._score_cell(cell, shard, cells[cell], samples)
+            missing = {c: metric for c, metric in cells.items() if not self._is_done("scores", c, "parquet")}
+            if missing:
+                self._score_cells(problem, shard, explainer, known, shared, missing)
+            yield
+
+    def _score_cells(
+        self,
+        problem: Problem,
+        shard: Shard,
+        explainer: Explainer,
+        known: Known,
+        shared: dict[Any, np.ndarray],
+        cells: dict[str, Metric],
+    ) -> None:
+        try:
+            samples = self.samples(problem, shard, explainer, known, shared)
+        except FileNotFoundError:  # its maps failed, and so do its scores, older ones included
+            self.store.drop(cells)
+            self.done["scores failed"] += len(cells)
+            return
+        for cell, metric in cells.items():
+            self._score_cell(cell, shard, metric, samples)
 
     def _score_cell(self, cell: str, shard: Shard, metric: Metric, samples: Samples) -> None:
         try:
