@@ -65,8 +65,9 @@ def build(
 ) -> Boards:
     """Aggregate per-sample scores into boards with paired uncertainty.
 
-    Explainers are ranked within each data set x model. An explainer without a score that others have is listed below
-    the others, without a mean rank.
+    Explainers are ranked within each data set x model. An explainer without a cell that others have is listed below
+    the others, without a mean rank. An undefined score counts as the worst that any explainer has on its sample; a
+    sample on which a metric is undefined for all stays out.
 
     Parameters
     ----------
