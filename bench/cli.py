@@ -103,7 +103,7 @@ def run(
         seed=seed,
     )
     folder = output or Path("runs") / chosen.name
-    with _bars("explainers x shards") as progress:
+    with _bars("steps") as progress:
         result = api.run(
             chosen,
             out=folder,
