@@ -91,7 +91,7 @@ def run(
     fresh : bool
         Compute finished cells again.
     progress : callable
-        ``progress(stage, done, total)``, in shards.
+        ``progress(stage, done, total)``; one step is one explainer on one shard.
 
     Raises
     ------

@@ -9,12 +9,13 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
 from bench.store import identity
 from explainer_bench import RequestError
+from metrics.quantus_bridge import with_gradients
 
 SHARD = 16  # samples per cell; fixed, so that the files of a run do not depend on how it is run
 
@@ -96,6 +97,12 @@ class Problem:
     def shards(self, indices: range) -> Iterator[Shard]:
         """Return the shards one after another."""
         return (self.shard(index) for index in indices)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The model's module, wrapped if it cannot run without gradients; probed once for all cells."""
+        device = next(self.model.module.parameters()).device
+        return with_gradients(self.model.module, torch.zeros(1, 3, *self.model.input_size, device=device))
 
     @cached_property
     def identity(self) -> list[object]:

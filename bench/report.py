@@ -259,7 +259,7 @@ def write_manifest(run: Run, seconds: float) -> None:
         {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "suite": run.suite.model_dump(),
-            "run": _constants(run),
+            "run": run.store.read_json("plan.json")["run"],
             "shard": run.shard,
             "shard_size": SHARD,
             "batch_size": run.batch_size,

@@ -27,7 +27,6 @@ from bench.store import Store, identity, key
 from bench.suite import Suite
 from explainer_bench import Component, RequestError
 from metrics import Metric, Samples
-from metrics.quantus_bridge import with_gradients
 
 STAGES = ("predict", "explain", "score")
 Progress = Callable[[str, int, int], None]  # stage, done, total: one step is one explainer on one shard
@@ -182,9 +181,8 @@ class Run:
         yield
 
     def _predict_cell(self, problem: Problem, shard: Shard, cell: str) -> None:
-        model = with_gradients(problem.model.module, shard.inputs[:1].to(self.device))
         with torch.no_grad():
-            logits = model(shard.inputs.to(self.device)).detach().double().cpu().numpy()
+            logits = problem.module(shard.inputs.to(self.device)).detach().double().cpu().numpy()
         if not np.isfinite(logits).all():
             raise RequestError(f"model {problem.model.name!r} returns NaN or infinite logits; check its weights.")
         self.store.write_arrays(cell, logits=logits)
@@ -334,10 +332,9 @@ class Run:
                 return target_maps
             return np.stack([maps[int(c)] for maps, c in zip(by_class, classes, strict=True)])
 
-        inputs = shard.inputs.to(self.device)
         return Samples(
-            model=with_gradients(problem.model.module, inputs[:1]),
-            inputs=inputs,
+            model=problem.module,
+            inputs=shard.inputs.to(self.device),
             targets=known.targets,
             maps=target_maps,
             roi=shard.roi(known.targets),

@@ -143,7 +143,7 @@ def test_no_file_names_a_path_of_one_machine():
     assert {relative(path): lines for path, text in texts.items() if (lines := machine_paths(text))} == {}
 
 
-@pytest.mark.parametrize("text", ["root = '/home/ann/busi'", "cd /work/main", "see (/Users/bob/x)"])
+@pytest.mark.parametrize("text", ["root = '/home/ann/busi'", "cd /work/elsewhere", "see (/Users/bob/x)"])
 def test_machine_paths_are_recognised(text):
     assert machine_paths(text)
 
