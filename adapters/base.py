@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.state import preserved, seeded
 from explainer_bench import Component, RequestError, out_of_memory
 
-CONTEXT = ("roi_prior",)  # what a caller can tell an explainer about each sample, see `Explainer.needs`
+Attribute = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], list[Tensor]]
+
+# What a caller can tell an explainer besides images and targets, see `Explainer.needs`; how many of each there are.
+CONTEXT = {"roi_prior": "one per sample or one for all", "concept": "(M, C, H, W), M images of the concept"}
+_HALF = (torch.bfloat16, torch.float16)
 _QUANTUS_EXTRAS = ("device", "method")  # Quantus injects these into every `explain_func` call
 
 
 class ExplanationError(RuntimeError):
     """An explainer returned something that is no attribution map."""
-
-
-class ModelChangedError(RequestError):
-    """An explainer changed the model's weights or buffers in place: nothing computed after it can be trusted."""
 
 
 class Explainer(Component):
@@ -45,6 +45,19 @@ class Explainer(Component):
     needs: ClassVar[tuple[str, ...]] = ()  # names from CONTEXT that `attribute` takes as keywords
     upsampling: ClassVar[str] = "nearest"  # or "bilinear", where the method's definition says so
     batch_size: ClassVar[int] = 8  # rows per call of `attribute`; fixed, so that no option can change a map
+    passes: ClassVar[float] = 0.0  # see `cost`
+    half_precision: ClassVar[bool] = True  # False: rounding to 16 bits ruins the map, so it is computed in float32
+    licence: ClassVar[str] = ""  # what users should know of licences and patents, besides this project's own
+    quick: ClassVar[str] = ""  # parameters that make it cheap, "n=1,m=2", for checks that do not look at quality
+
+    @property
+    def cost(self) -> float:
+        """Passes through the model per image, a forward and a backward counted as 1 each, at 196 patch tokens."""
+        return self.passes
+
+    def fingerprint(self) -> str:
+        """Return a hash of files that the parameters name, or "": the maps depend on what is in them."""
+        return ""
 
     def supports(self, model: nn.Module) -> str | None:
         """Return why this explainer cannot explain `model`, or None where it can."""
@@ -93,22 +106,15 @@ class Explainer(Component):
             If the explainer does not support the model or misses a context it needs.
         ExplanationError
             If `attribute` returns a wrong shape or values that are not finite.
-        ModelChangedError
+        adapters.state.ModelChangedError
             If it changed the model's weights.
         """
-        if reason := self.supports(model):
-            raise RequestError(f"{self.name} cannot explain this model: {reason}.")
-        reference = next(model.parameters(), torch.empty(0))
-        if self.upsampling not in ("nearest", "bilinear"):
-            raise ExplanationError(f"{self.name} states the upsampling {self.upsampling!r}, not nearest or bilinear")
-        inputs = torch.as_tensor(np.ascontiguousarray(inputs) if isinstance(inputs, np.ndarray) else inputs)
-        inputs = inputs.to(reference.device, reference.dtype)
-        targets = torch.as_tensor(targets, device=reference.device).long()
-        extras = {name: self._per_sample(name, context.get(name), inputs) for name in self.needs}
-        with preserved(model):
-            model.eval().requires_grad_(False)
-            maps = [self._chunk(model, inputs, targets, extras, rows, seed) for rows in self._chunks(inputs)]
-        return torch.cat(maps)
+
+        def attribute(model: nn.Module, images: Tensor, classes: Tensor, context: dict[str, Tensor]) -> list[Tensor]:
+            return [self.attribute(model, images, classes, **context)]
+
+        (maps,) = explain_all([self], attribute, model, inputs, targets, seed=seed, **context)
+        return maps
 
     def __call__(self, model: nn.Module, inputs: Any, targets: Any, **kwargs: Any) -> np.ndarray:
         """Explain as Quantus's `explain_func` does: arrays in, (N, 1, H, W) float32 array out."""
@@ -125,48 +131,107 @@ class Explainer(Component):
         mode = {"nearest": "nearest-exact"}.get(self.upsampling, self.upsampling)
         return F.interpolate(native[:, None], size=size, mode=mode)[:, 0]
 
-    def _per_sample(self, name: str, value: Any, inputs: Tensor) -> Tensor:
-        if value is None:
-            raise RequestError(f"{self.name} needs {name!r}: pass it as a keyword, one per sample or one for all.")
-        value = torch.as_tensor(value, dtype=inputs.dtype, device=inputs.device)
-        return value.expand(len(inputs), *value.shape[-2:])
 
-    def _chunks(self, inputs: Tensor) -> Iterator[slice]:
-        step = 1 if self.stochastic else self.batch_size
+def explain_all(
+    explainers: Sequence[Explainer], attribute: Attribute, model: nn.Module, inputs: Any, targets: Any, **options: Any
+) -> list[Tensor]:
+    """Prepare everything that an explainer's `attribute` may count on, call it in chunks, and check what it returns.
+
+    Parameters
+    ----------
+    explainers : sequence of Explainer
+        Whose maps `attribute` returns, one (N, h, w) tensor each.
+    attribute : callable
+        From the model, images (N, C, H, W), targets (N,) and context to those tensors.
+    model, inputs, targets
+        As for `Explainer.explain`.
+    **options
+        ``seed``, and context.
+    """
+    for explainer in explainers:
+        if reason := explainer.supports(model):
+            raise RequestError(f"{explainer.name} cannot explain this model: {reason}.")
+    dtype, device = _placed(model)
+    with ExitStack() as stack:
+        if not all(explainer.half_precision for explainer in explainers):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            if dtype in _HALF:
+                model, dtype = copy.deepcopy(model).float(), torch.float32
+        stack.enter_context(preserved(model))
+        model.eval().requires_grad_(False)
+        inputs = torch.as_tensor(np.ascontiguousarray(inputs) if isinstance(inputs, np.ndarray) else inputs)
+        batch = _Batch(explainers, attribute, model, inputs.to(device, dtype), targets, **options)
+        chunks = [batch.explain(rows) for rows in batch.chunks()]
+    return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
+
+
+def _placed(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    reference = next(model.parameters(), torch.empty(0))
+    return reference.dtype, reference.device
+
+
+class _Batch:
+    """Samples to explain, in chunks that memory can hold."""
+
+    def __init__(
+        self,
+        explainers: Sequence[Explainer],
+        attribute: Attribute,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Any,
+        seed: int = 0,
+        **context: Any,
+    ) -> None:
+        self.explainers, self.attribute, self.model, self.inputs, self.seed = explainers, attribute, model, inputs, seed
+        self.targets = torch.as_tensor(targets, device=inputs.device).long()
+        self.context = {name: self._given(name, context.get(name)) for e in explainers for name in e.needs}
+
+    def _given(self, name: str, value: Any) -> Tensor:
+        if value is None:
+            raise RequestError(f"{self.explainers[0].name} needs {name!r}: pass it as a keyword, {CONTEXT[name]}.")
+        value = torch.as_tensor(value, dtype=self.inputs.dtype, device=self.inputs.device)
+        return value.expand(len(self.inputs), *value.shape[-2:]) if name == "roi_prior" else value
+
+    def chunks(self) -> Iterator[slice]:
+        first, n = self.explainers[0], len(self.inputs)
+        step = 1 if first.stochastic else first.batch_size
         start = 0
-        while start < len(inputs):
-            stop = min(start + step, len(inputs))
-            while self.shares_draws and stop < len(inputs) and torch.equal(inputs[stop], inputs[start]):
+        while start < n:
+            stop = min(start + step, n)
+            while first.shares_draws and stop < n and torch.equal(self.inputs[stop], self.inputs[start]):
                 stop += 1
             yield slice(start, stop)
             start = stop
 
-    def _chunk(
-        self, model: nn.Module, inputs: Tensor, targets: Tensor, extras: Mapping[str, Tensor], rows: slice, seed: int
-    ) -> Tensor:
-        context = {name: value[rows] for name, value in extras.items()}
+    def explain(self, rows: slice) -> list[Tensor]:
+        context = {name: value[rows] if name == "roi_prior" else value for name, value in self.context.items()}
         try:
-            with seeded(inputs[rows.start], seed), torch.inference_mode(False), torch.enable_grad():
-                images = inputs[rows].detach().clone().requires_grad_(True)
-                maps = self.attribute(model, images, targets[rows].clone(), **context)
-            return self._checked(maps, images)
+            with seeded(self.inputs[rows.start], self.seed), torch.inference_mode(False), torch.enable_grad():
+                images = self.inputs[rows].detach().clone().requires_grad_(True)
+                maps = self.attribute(self.model, images, self.targets[rows].clone(), context)
+            return [_checked(e, m, images) for e, m in zip(self.explainers, maps, strict=True)]
         except RuntimeError as error:
             if not out_of_memory(error) or rows.stop - rows.start == 1:
                 raise
         middle = (rows.start + rows.stop) // 2
-        halves = slice(rows.start, middle), slice(middle, rows.stop)
-        return torch.cat([self._chunk(model, inputs, targets, extras, half, seed) for half in halves])
+        halves = self.explain(slice(rows.start, middle)), self.explain(slice(middle, rows.stop))
+        return [torch.cat(maps) for maps in zip(*halves, strict=True)]
 
-    def _checked(self, maps: Tensor, inputs: Tensor) -> Tensor:
-        if not isinstance(maps, Tensor) or maps.ndim != 3 or len(maps) != len(inputs):
-            shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-            raise ExplanationError(f"{self.name} returned {shape}, not ({len(inputs)}, height, width)")
-        if 0 in maps.shape or any(native > full for native, full in zip(maps.shape[1:], inputs.shape[2:], strict=True)):
-            raise ExplanationError(f"{self.name} returned {tuple(maps.shape)}: empty, or larger than the image")
-        maps = maps.detach().float().cpu()
-        if bad := int((~maps.isfinite()).flatten(1).any(1).sum()):
-            raise ExplanationError(f"{self.name} returned NaN or infinite values in {bad} of {len(maps)} maps")
-        return maps
+
+def _checked(explainer: Explainer, maps: Tensor, inputs: Tensor) -> Tensor:
+    name = explainer.name
+    if explainer.upsampling not in ("nearest", "bilinear"):
+        raise ExplanationError(f"{name} states the upsampling {explainer.upsampling!r}, not nearest or bilinear")
+    if not isinstance(maps, Tensor) or maps.ndim != 3 or len(maps) != len(inputs):
+        shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        raise ExplanationError(f"{name} returned {shape}, not ({len(inputs)}, height, width)")
+    if 0 in maps.shape or any(native > full for native, full in zip(maps.shape[1:], inputs.shape[2:], strict=True)):
+        raise ExplanationError(f"{name} returned {tuple(maps.shape)}: empty, or larger than the image")
+    maps = maps.detach().float().cpu()
+    if bad := int((~maps.isfinite()).flatten(1).any(1).sum()):
+        raise ExplanationError(f"{name} returned NaN or infinite values in {bad} of {len(maps)} maps")
+    return maps
 
 
 def predict(model: nn.Module, inputs: Tensor, batch_size: int = 64) -> Tensor:
@@ -180,71 +245,3 @@ def predict(model: nn.Module, inputs: Tensor, batch_size: int = 64) -> Tensor:
             raise
     with torch.enable_grad():
         return torch.cat([model(chunk.clone().requires_grad_(True)).detach() for chunk in chunks])
-
-
-def target_gradients(model: nn.Module, inputs: Tensor, targets: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Run the model and return the gradients of each row's target logit with respect to what `tensors` then holds.
-
-    `tensors` is a list that hooks fill during the forward pass.
-    """
-    logits = model(inputs)
-    return torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), tensors)
-
-
-@contextmanager
-def seeded(image: Tensor, seed: int) -> Iterator[None]:
-    """Seed every global generator from an image's content, and put their states back afterwards."""
-    content = image.detach().float().cpu().contiguous().numpy().tobytes()
-    value = int.from_bytes(hashlib.sha256(content + seed.to_bytes(8, "little", signed=True)).digest()[:4], "little")
-    states = random.getstate(), np.random.get_state()
-    devices = [image.device] if image.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(value)
-        for device in devices:
-            torch.cuda.default_generators[device.index or 0].manual_seed(value)
-        random.seed(value)
-        np.random.seed(value)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes (mode, hooks, patched forwards, switches) and every parameter's gradient back.
-
-    Raises
-    ------
-    ModelChangedError
-        If the values of parameters or buffers were changed in place.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    versions = [tensor._version for tensor in tensors]
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(_restore_module, module, dict(vars(module)), _dicts(module))
-        for parameter in model.parameters():
-            stack.callback(_restore_parameter, parameter, parameter.requires_grad, parameter.grad)
-            parameter.grad = None
-        yield
-    if versions != [tensor._version for tensor in tensors]:
-        raise ModelChangedError("the explainer changed the model's weights or buffers: it must leave them alone.")
-
-
-def _dicts(module: nn.Module) -> dict[str, dict]:
-    return {name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)}
-
-
-def _restore_module(module: nn.Module, attributes: dict[str, Any], dicts: dict[str, dict]) -> None:
-    vars(module).clear()
-    vars(module).update(attributes)
-    for name, content in dicts.items():
-        attributes[name].clear()
-        attributes[name].update(content)
-
-
-def _restore_parameter(parameter: nn.Parameter, requires_grad: bool, grad: Tensor | None) -> None:
-    parameter.requires_grad_(requires_grad)
-    parameter.grad = grad

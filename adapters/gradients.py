@@ -18,6 +18,7 @@ class IntegratedGradients(Explainer):
     family = "gradient"
     signed = True
     reference = "Sundararajan, Taly and Yan, Axiomatic attribution for deep networks, ICML 2017"
+    quick = "n_steps=4"
     n_steps: int = 50
 
     def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Lime(Explainer):
     stochastic = True
     shares_draws = True
     reference = "Ribeiro, Singh and Guestrin, Why should I trust you?, KDD 2016; lime 0.2.0.1"
+    quick = "num_samples=12"
     num_samples: int = 1000
 
     def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from adapters.base import Explainer
+from adapters.recording import Recording, SinglePass
 
 
-class ViTExplainer(Explainer):
+class ViTExplainer(SinglePass):
     """Base of the explainers that look inside a timm `VisionTransformer`, bare or wrapped in other modules."""
 
     def supports(self, model: nn.Module) -> str | None:
         """Return why `model` has no Vision Transformer that can be looked into, or None."""
-        if reason := unsupported(model):
-            return reason
-        depth, start = len(find(model).blocks), getattr(self, "start_layer", 0)
-        return None if start < depth else f"it has {depth} blocks, none from start_layer={start} on"
+        return unsupported(model)
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -32,14 +26,23 @@ def unsupported(model: nn.Module) -> str | None:
         return "its blocks are not timm's plain Block with plain Attention"
     if found[0].attn_pool is not None or found[0].global_pool not in ("token", "avg"):
         return f"it pools its tokens by {found[0].global_pool!r}, not by class token or mean"
-    if hasattr(found[0], "head_dist"):
-        return "it reads its logits from two tokens"
     return None
+
+
+def too_deep(model: nn.Module, **layer: int) -> str | None:
+    """Return that `model` has no such layer, given as its parameter's name and its number from 0, or None."""
+    (name, number), depth = layer.popitem(), len(find(model).blocks)
+    return None if number < depth else f"it has {depth} blocks, none for {name}={number}"
 
 
 def find(model: nn.Module) -> VisionTransformer:
     """Return the only `VisionTransformer` in `model`."""
     return next(m for m in model.modules() if isinstance(m, VisionTransformer))
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """Return each block's module whose output is its attention (N, heads, tokens, tokens), after the softmax."""
+    return [block.attn.attn_drop for block in find(model).blocks]
 
 
 def token_grid(model: nn.Module, inputs: Tensor) -> tuple[int, int]:
@@ -48,42 +51,22 @@ def token_grid(model: nn.Module, inputs: Tensor) -> tuple[int, int]:
     return -(-inputs.shape[-2] // height), -(-inputs.shape[-1] // width)
 
 
-def to_grid(model: nn.Module, inputs: Tensor, tokens: Tensor) -> Tensor:
+def to_grid(seen: Recording, tokens: Tensor) -> Tensor:
     """Drop the prefix tokens of (N, tokens) scores and lay the rest out as (N, h, w)."""
-    return tokens[:, find(model).num_prefix_tokens :].unflatten(1, token_grid(model, inputs))
+    return tokens[:, find(seen.model).num_prefix_tokens :].unflatten(1, token_grid(seen.model, seen.inputs))
 
 
-def readout(vit: VisionTransformer, attention: Tensor) -> Tensor:
-    """Return the (tokens,) weights with which the head reads the last block: the class token, or the mean."""
-    weights = attention.new_zeros(attention.shape[-1])
-    if vit.global_pool == "token":
+def readout(model: nn.Module, like: Tensor) -> Tensor:
+    """Return the (tokens,) weights with which the head reads the last block.
+
+    All on the class token; half each on the class and the distillation token, where there are two heads; or equal on
+    the tokens whose mean is read. `like` (..., tokens) gives number, type and device.
+    """
+    vit, weights = find(model), like.new_zeros(like.shape[-1])
+    if hasattr(vit, "head_dist"):
+        weights[:2] = 1
+    elif vit.global_pool == "token":
         weights[0] = 1
     else:
         weights[0 if vit.pool_include_prefix else vit.num_prefix_tokens :] = 1
     return weights / weights.sum()
-
-
-@contextmanager
-def recorded(*modules: nn.Module, inputs: bool = False) -> Iterator[list[Tensor]]:
-    """Collect what the modules return (or receive) in the forward passes inside, in the order of their calls."""
-    tensors: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda _, x, y: tensors.append(x[0] if inputs else y)) for m in modules]
-    try:
-        yield tensors
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def recorded_attention(vit: VisionTransformer) -> Iterator[list[Tensor]]:
-    """Collect each block's attention (N, heads, tokens, tokens), after softmax and dropout, with fused kernels off."""
-    fused = [block.attn.fused_attn for block in vit.blocks]
-    try:
-        for block in vit.blocks:
-            block.attn.fused_attn = False
-        with recorded(*(block.attn.attn_drop for block in vit.blocks)) as maps:
-            yield maps
-    finally:
-        for block, was in zip(vit.blocks, fused, strict=True):
-            block.attn.fused_attn = was

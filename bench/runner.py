@@ -20,7 +20,7 @@ import adapters
 import leaderboards
 import metrics
 from adapters import Explainer
-from adapters.base import ModelChangedError
+from adapters.state import ModelChangedError
 from bench import datasets, models
 from bench.problem import Problem, Shard
 from bench.store import Store, identity, key

@@ -100,7 +100,14 @@ def test_the_source_hash_follows_what_the_room_provides(tmp_path: Path) -> None:
 
     sources: dict[str, str] = {}
     _collect_sources(adapters.registry.find("cdam").__module__, {"adapters"}, sources)
-    assert set(sources) == {"adapters.cdam", "adapters.vit", "adapters.base", "adapters"}
+    assert set(sources) == {
+        "adapters.cdam",
+        "adapters.vit",
+        "adapters.recording",
+        "adapters.base",
+        "adapters.state",
+        "adapters",
+    }
     file = tmp_path / "mine.py"
     file.write_text("from adapters import vit\nclass Mine(vit.ViTExplainer):\n    name = 'mine'\n")
     mine = adapters.registry.find(str(file))

@@ -7,7 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import Explainer
-from adapters.base import ExplanationError, ModelChangedError, predict
+from adapters.base import ExplanationError, predict
+from adapters.state import ModelChangedError
 from explainer_bench import RequestError
 
 

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 import adapters
 from adapters import Explainer
 
-FEW = {"lime": {"num_samples": 12}, "integrated_gradients": {"n_steps": 4}}
 NAMES = adapters.registry.names()
 
 
 def explainer(name: str) -> Explainer:
-    return adapters.get(name, **FEW.get(name, {}))
+    return adapters.get(f"{name}[{adapters.registry.find(name).quick}]")
 
 
 def batch(model: VisionTransformer, n: int = 3) -> tuple[Tensor, Tensor]:
@@ -27,7 +26,8 @@ def batch(model: VisionTransformer, n: int = 3) -> tuple[Tensor, Tensor]:
 def context(method: Explainer, inputs: Tensor) -> dict[str, Any]:
     height, width = inputs.shape[-2:]
     prior = np.outer(np.arange(height), np.arange(width)) / (height * width)
-    return {"roi_prior": prior} if method.needs else {}
+    known = {"roi_prior": prior, "concept": inputs[:2].flip(-1)}
+    return {need: known[need] for need in method.needs}
 
 
 def explain(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, **kwargs: Any) -> np.ndarray:
