@@ -26,7 +26,7 @@ def batch(model: VisionTransformer, n: int = 3) -> tuple[Tensor, Tensor]:
 def context(method: Explainer, inputs: Tensor) -> dict[str, Any]:
     height, width = inputs.shape[-2:]
     prior = np.outer(np.arange(height), np.arange(width)) / (height * width)
-    known = {"roi_prior": prior, "concept": inputs[:2].flip(-1)}
+    known = {"roi_prior": prior, "concept": torch.ones(2, 3, height, width)}
     return {need: known[need] for need in method.needs}
 
 
