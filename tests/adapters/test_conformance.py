@@ -1,141 +1,160 @@
 """What every explainer must keep, found by the registry: a new file is covered with no edit here."""
 
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import adapters
-from adapters import Explainer
+from adapters import Explainer, conformance
+from adapters.conformance import Finding
 
 NAMES = adapters.registry.names()
 
 
-def explainer(name: str) -> Explainer:
+def quick(name: str) -> Explainer:
     return adapters.get(f"{name}[{adapters.registry.find(name).quick}]")
 
 
-def batch(model: VisionTransformer, n: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, *model.patch_embed.img_size, generator=generator) - 0.5, torch.arange(n) % 5
+@pytest.mark.parametrize("model", conformance.MODELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_explainer_keeps_the_contract(name: str, model: str) -> None:
+    findings = list(conformance.check(quick(name), (model,)))
+    assert [finding for finding in findings if finding.verdict == "broken"] == []
+    assert len(findings) in (1, len(conformance.CHECKS))
 
 
-def context(method: Explainer, inputs: Tensor) -> dict[str, Any]:
-    height, width = inputs.shape[-2:]
-    prior = np.outer(np.arange(height), np.arange(width)) / (height * width)
-    known = {"roi_prior": prior, "concept": torch.ones(2, 3, height, width)}
-    return {need: known[need] for need in method.needs}
+@pytest.mark.parametrize("name", NAMES)
+def test_every_explainer_serves_one_of_the_models(name: str) -> None:
+    reasons = [quick(name).supports(conformance.build(model)) for model in conformance.MODELS]
+    assert None in reasons
 
 
-def explain(name: str, model: nn.Module, inputs: Tensor, targets: Tensor, **kwargs: Any) -> np.ndarray:
-    method = explainer(name)
-    return method(model, inputs, targets, **context(method, inputs), **kwargs)
+class Well(Explainer):
+    """Input times gradient."""
+
+    name = "well"
+    family = "test"
+    signed = True
+    reference = "none"
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(model(inputs).gather(1, targets[:, None]).sum(), inputs)
+        return (inputs * gradient).sum(1)
 
 
-def state(model: nn.Module) -> list[Any]:
-    modules = [
-        (m.training, getattr(m, "fused_attn", None), sorted(vars(m)), m.__dict__.get("forward"))
-        for m in model.modules()
+class Undocumented(Well):
+    family = ""
+
+
+class Blind(Well):
+    class_discriminative = False
+
+
+class Positive(Well):
+    signed = False
+
+
+class Noisy(Well):
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        return super().attribute(model, inputs, targets) + torch.rand(())
+
+
+class Mixing(Well):
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        maps = super().attribute(model, inputs, targets)
+        return maps / maps.abs().max()
+
+
+class Stateful(Well):
+    calls: int = 0
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        self.calls += 1
+        return super().attribute(model, inputs, targets) * self.calls
+
+
+class Lying(Well):
+    def supports(self, model: nn.Module) -> str | None:
+        return "it must not"
+
+    def explain(self, *args: object, **kwargs: object) -> Tensor:
+        return torch.zeros(3, 32, 32)
+
+
+class Half(Well):
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        return torch.from_numpy(super().attribute(model, inputs, targets).detach().cpu().numpy())
+
+
+class Leaking(Well):
+    def __call__(self, model: nn.Module, *args: object, **kwargs: object) -> object:
+        model.register_forward_hook(lambda *_: None)
+        return super().__call__(model, *args, **kwargs)
+
+
+class Vandal(Well):
+    def __call__(self, model: nn.Module, *args: object, **kwargs: object) -> object:
+        maps = super().__call__(model, *args, **kwargs)
+        next(model.parameters()).data.add_(1e-3)
+        return maps
+
+
+class Grafted(Well):
+    def __call__(self, model: nn.Module, inputs: Tensor, *args: object, **kwargs: object) -> object:
+        scale = 2 if getattr(inputs, "grad_fn", None) else 1
+        return super().__call__(model, inputs, *args, **kwargs) * scale
+
+
+def broken(cls: type[Explainer]) -> dict[str, str]:
+    return {f.check: f.line for f in conformance.check(cls(), ("vit",)) if f.verdict == "broken"}
+
+
+def test_a_good_explainer_passes() -> None:
+    findings = list(conformance.check(Well()))
+    assert {finding.model for finding in findings} == set(conformance.MODELS)
+    assert {finding.verdict for finding in findings} == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("cls", "check", "line"),
+    [
+        (Undocumented, "states_facts", "it states no family"),
+        (Blind, "knows_its_target", "class_discriminative=False"),
+        (Positive, "keeps_its_sign", "signed=False"),
+        (Noisy, "is_seeded", "stochastic=False"),
+        (Mixing, "ignores_company", "one image at a time"),
+        (Stateful, "is_seeded", "two different maps"),
+        (Lying, "refuses_clearly", "but it is explained"),
+        (Half, "runs_in_half_precision", "BFloat16"),
+        (Leaking, "leaves_no_trace", "hooks"),
+        (Vandal, "leaves_no_trace", "changes the model's"),
+        (Grafted, "runs_anywhere", "part of a graph"),
+    ],
+)
+def test_what_authors_get_wrong_is_found(cls: type[Explainer], check: str, line: str) -> None:
+    assert line in broken(cls)[check]
+
+
+def test_an_error_in_supports_is_a_finding() -> None:
+    class Raising(Well):
+        def supports(self, model: nn.Module) -> str | None:
+            raise KeyError("oops")
+
+    assert list(conformance.check(Raising(), ("vit",))) == [
+        Finding("vit", "supports", "broken", "`supports` raises KeyError: 'oops'")
     ]
-    hooks = [
-        len(getattr(m, kind))
-        for m in model.modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    ]
-    return [modules, hooks, [(p.requires_grad, p.grad) for p in model.parameters()]]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_states_its_facts(name: str) -> None:
-    method = explainer(name)
-    assert method.family
-    assert method.__doc__
-    assert method.trivial or method.reference
-    assert method.spec.startswith(name)
-    assert set(method.needs) <= set(adapters.base.CONTEXT)
+@pytest.mark.parametrize("name", conformance.MODELS)
+def test_the_models_are_always_the_same_and_the_generator_is_left_alone(name: str) -> None:
+    before = torch.get_rng_state()
+    first, second = conformance.build(name).state_dict(), conformance.build(name).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_explains_any_vit_the_same_alone_and_in_a_batch_under_no_grad(name: str, vit: VisionTransformer) -> None:
-    inputs, targets = batch(vit.double())  # in float32 rounding alone moves transformer_attribution by more
-    before = state(vit)
-    with torch.no_grad():
-        together = explain(name, vit, inputs, targets)
-        alone = [explain(name, vit, inputs[i : i + 1], targets[i : i + 1]) for i in range(3)]
-        again = explain(name, vit, inputs.flip(0).numpy(), targets.flip(0).numpy())
-    assert together.shape == (3, 1, *vit.patch_embed.img_size)
-    assert together.dtype == np.float32
-    assert np.isfinite(together).all()
-    tolerance = 1e-5 * np.abs(together).max()
-    np.testing.assert_allclose(np.concatenate(alone), together, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(again[::-1], together, rtol=0, atol=tolerance)
-    assert state(vit) == before
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_fused_attention_changes_nothing(name: str, plain: VisionTransformer) -> None:
-    inputs, targets = batch(plain)
-    maps = []
-    for fused in (True, False):
-        for block in plain.blocks:
-            block.attn.fused_attn = fused
-        maps.append(explain(name, plain, inputs, targets))
-    np.testing.assert_allclose(maps[0], maps[1], rtol=0, atol=1e-5 * np.abs(maps[0]).max())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_depends_on_the_target_exactly_if_it_says_so(name: str, plain: VisionTransformer) -> None:
-    inputs, targets = batch(plain)
-    first, second = explain(name, plain, inputs, targets), explain(name, plain, inputs, (targets + 1) % 5)
-    assert explainer(name).class_discriminative != np.array_equal(first, second)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_is_seeded_per_sample_and_leaves_the_generators_alone(name: str, plain: VisionTransformer) -> None:
-    inputs, targets = batch(plain)
-    torch.manual_seed(5)
-    np.random.seed(5)
-    states = torch.get_rng_state(), np.random.get_state()[1]
-    first = explain(name, plain, inputs, targets)
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1])
-    torch.rand(3)
-    np.random.rand(3)
-    assert np.array_equal(explain(name, plain, inputs, targets), first)
-    other = explain(name, plain, inputs, targets, seed=1)
-    assert explainer(name).stochastic != np.array_equal(first, other)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_signed_maps_say_so(name: str, vit: VisionTransformer) -> None:
-    inputs, targets = batch(vit)
-    assert explainer(name).signed or (explain(name, vit, inputs, targets) >= 0).all()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_explains_inside_inference_mode(name: str, plain: VisionTransformer) -> None:
-    inputs, targets = batch(plain)
-    outside = explain(name, plain, inputs, targets)
-    with torch.inference_mode():
-        np.testing.assert_allclose(explain(name, plain, inputs, targets), outside, atol=1e-6 * np.abs(outside).max())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_explains_a_wrapped_model(name: str, plain: VisionTransformer) -> None:
-    inputs, targets = batch(plain)
-    wrapped = nn.Sequential(nn.Identity(), plain)
-    assert np.array_equal(explain(name, wrapped, inputs, targets), explain(name, plain, inputs, targets))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_runs_on_a_cnn_or_says_why_not(name: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    method, inputs = explainer(name), torch.rand(2, 3, 32, 32)
-    if reason := method.supports(model):
-        with pytest.raises(adapters.base.RequestError, match=reason):
-            method(model, inputs, torch.tensor([0, 1]))
-    else:
-        assert explain(name, model, inputs, torch.tensor([0, 1])).shape == (2, 1, 32, 32)
+@pytest.mark.parametrize("function", conformance.CHECKS)
+def test_every_check_says_what_it_checks(function: Callable[..., str]) -> None:
+    assert function.__doc__
