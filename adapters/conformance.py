@@ -85,7 +85,6 @@ class Case:
         if off <= tolerance * largest:
             return ""
         return f"{what}, the maps change by {off / (largest or 1):.1e} of their largest value"
-        )
 
 
 def states_facts(case: Case) -> str:
