@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -55,9 +57,16 @@ class Explainer(Component):
         """Passes through the model per image, a forward and a backward counted as 1 each, at 196 patch tokens."""
         return self.passes
 
+    def files(self) -> list[Path]:
+        """Return the images that the parameters name, sorted; their content decides the maps."""
+        return []
+
     def fingerprint(self) -> str:
-        """Return a hash of files that the parameters name, or "": the maps depend on what is in them."""
-        return ""
+        """Return a hash of what is in `files`."""
+        digest = hashlib.sha256()
+        for file in self.files():
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()[:16]
 
     def supports(self, model: nn.Module) -> str | None:
         """Return why this explainer cannot explain `model`, or None where it can."""

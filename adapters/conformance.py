@@ -33,7 +33,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit_distilled": lambda: VisionTransformerDistilled(**_VIT, img_size=32),
     "resnet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=_CLASSES, channels=(8, 8, 16, 16)),
 }
-_SIZES = {"vit_registers": (24, 48), "resnet": (96, 96)}
+SIZES = {"vit_registers": (24, 48), "resnet": (96, 96)}
 
 
 def build(name: str) -> nn.Module:
@@ -255,7 +255,7 @@ class Finding:
 def check(explainer: Explainer, models: tuple[str, ...] = tuple(MODELS)) -> Iterator[Finding]:
     """Check one explainer on each of the models; exceptions that it raises are findings, too."""
     for name in models:
-        case = Case(explainer, build(name), _SIZES.get(name, (32, 32)))
+        case = Case(explainer, build(name), SIZES.get(name, (32, 32)))
         try:
             reason = explainer.supports(case.model)
         except Exception as error:

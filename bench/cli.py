@@ -215,6 +215,37 @@ def board(
     _fail(result.failures)
 
 
+@app.command("check")
+def check_explainer(
+    spec: Annotated[str, typer.Argument(metavar="FILE.py[:Class]", help="Or the name of an explainer.")],
+) -> None:
+    """Check that an explainer keeps the contract, on small models: the first thing to do with a new one."""
+    import adapters
+    from adapters import conformance
+
+    explainer = adapters.get(spec)
+    quick = "" if explainer.spec != explainer.name else explainer.quick
+    findings = list(conformance.check(adapters.get(f"{spec}[{quick}]") if quick else explainer))
+    _print_table(_verdicts(findings), f"{explainer.spec}: {len(conformance.CHECKS)} checks on each model")
+    broken = {finding.check: finding for finding in reversed(findings) if finding.verdict == "broken"}
+    for name, finding in broken.items():
+        err.print(f"{name}: {finding.line} (first on {finding.model})", markup=False, highlight=False, soft_wrap=True)
+    if broken:
+        raise typer.Exit(1)
+    if all(finding.verdict == "refused" for finding in findings):
+        raise RequestError(f"{explainer.spec} refuses every model, so nothing was checked: see its `supports`.")
+
+
+def _verdicts(findings: list[Any]) -> Any:
+    import pandas as pd
+
+    table = pd.DataFrame(findings)
+    counts = table.groupby("model", sort=False)["verdict"].value_counts().unstack(fill_value=0)
+    counts = counts.reindex(columns=["passed", "broken"], fill_value=0)
+    refused = table[table["verdict"] == "refused"].set_index("model")["line"]
+    return counts.assign(refused=refused).fillna("").reset_index()
+
+
 @app.command("list")
 def list_(kind: Kind, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List what there is, with what each takes."""
@@ -222,10 +253,29 @@ def list_(kind: Kind, as_json: Annotated[bool, typer.Option("--json", help="Prin
     if as_json:
         typer.echo(json.dumps(rows, indent=1, default=str))
         return
-    table = Table(*(rows[0] if rows else ["name"]))
+    columns = _BRIEF.get(kind) or {name: name for name in (rows[0] if rows else ["name"])}
+    table = Table(*columns.values())
     for row in rows:
-        table.add_row(*(Text(str(value)) for value in row.values()))
+        table.add_row(*(Text(_words(row[name])) for name in columns))
     out.print(table)
+
+
+# Explainers are many, and have more facts than fit the width of a screen; `--json` and the documentation have all.
+_BRIEF = {
+    Kind.explainers: {
+        "name": "name",
+        "family": "family",
+        "signed": "signed",
+        "class_discriminative": "class-discriminative",
+        "cost": "cost (FE)",
+        "reference": "paper",
+        "licence": "licence note",
+    }
+}
+
+
+def _words(value: Any) -> str:
+    return {"True": "yes", "False": "no"}.get(str(value), f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def _catalogue(kind: Kind) -> list[dict[str, Any]]:
@@ -241,19 +291,30 @@ def _catalogue(kind: Kind) -> list[dict[str, Any]]:
         return [*rows, {"name": "NAME[weights=FILE]", "what": "any timm image classifier, with local weights"}]
     registries = {"explainers": adapters, "metrics": metrics, "datasets": datasets, "recipes": recipes}
     facts = {
-        "explainers": ("family", "signed", "class_discriminative", "stochastic", "trivial"),
+        "explainers": (
+            "family",
+            "signed",
+            "class_discriminative",
+            "stochastic",
+            "trivial",
+            "cost",
+            "reference",
+            "licence",
+        ),
         "metrics": ("group", "higher_is_better", "bounds", "sign_policy"),
         "datasets": ("licence", "where"),
         "recipes": (),
     }
     classes = registries[kind].registry.classes.values()  # type: ignore[attr-defined]
-    return [_facts(cls, facts[kind]) for cls in classes]
+    rows = [_facts(cls, facts[kind]) for cls in classes]
+    return sorted(rows, key=lambda row: row.get("family", ""))
 
 
 def _facts(cls: type[Component], names: tuple[str, ...]) -> dict[str, Any]:
     summary = (cls.__doc__ or "").strip().partition("\n")[0]
-    parameters = ", ".join(f"{k}={v}" for k, v in cls().params.items())
-    return {"name": cls.name, **{n: getattr(cls, n) for n in names}, "parameters": parameters, "what": summary}
+    component = cls()
+    parameters = ", ".join(f"{k}={v}" for k, v in component.params.items())
+    return {"name": cls.name, **{n: getattr(component, n) for n in names}, "parameters": parameters, "what": summary}
 
 
 @app.command()

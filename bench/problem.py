@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from adapters import Explainer
 from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
 from bench.store import identity
@@ -108,6 +111,16 @@ class Problem:
     def identity(self) -> list[object]:
         """What of data set and model, besides the samples, decides a result."""
         return [identity(replace(self.dataset, root=None)), self.model.fingerprint]
+
+    def context(self, explainer: Explainer, shard: Shard, repeats: int = 1) -> dict[str, Any]:
+        """Return what an explainer `needs` to explain a shard, each sample `repeats` times in a row."""
+        context: dict[str, Any] = {}
+        if "roi_prior" in explainer.needs:
+            context["roi_prior"] = self.roi_prior(shard).repeat(repeats, 0)
+        if "concept" in explainer.needs:
+            images = [np.asarray(Image.open(file).convert("RGB")) for file in explainer.files()]
+            context["concept"] = torch.stack([self.model.preprocess(image) for image in images])
+        return context
 
     @cached_property
     def _roi_sums(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:

@@ -20,6 +20,7 @@ import adapters
 import leaderboards
 import metrics
 from adapters import Explainer
+from adapters.recording import explain_together, shareable
 from adapters.state import ModelChangedError
 from bench import datasets, models
 from bench.problem import Problem, Shard
@@ -29,6 +30,7 @@ from explainer_bench import Component, RequestError
 from metrics import Metric, Samples
 
 STAGES = ("predict", "explain", "score")
+Wanted = dict[str, tuple[Explainer, np.ndarray]]  # cell: whose maps for which classes
 Progress = Callable[[str, int, int], None]  # stage, done, total: one step is one explainer on one shard
 
 
@@ -129,6 +131,9 @@ class Run:
                     f"metric {metric.name!r} states the group {metric.group!r}: use one of "
                     f"{', '.join(leaderboards.board.GROUPS)}."
                 )
+        for explainer in self.explainers:
+            if "concept" in explainer.needs and not explainer.files():
+                raise RequestError(f"{explainer.name} needs images of its concept: {explainer.name}[folder=DIR].")
         for problem in self.problems:
             if not self.supported(problem):
                 reason = self.refusal(problem, self.explainers[0])
@@ -213,40 +218,56 @@ class Run:
     def explanation_cell(self, problem: Problem, shard: Shard, explainer: Explainer, classes: np.ndarray) -> str:
         """Return the cell of one explainer's maps of a shard, for one class per sample."""
         base = self.prediction_cell(problem, shard).rpartition("/")[2]
-        context = [problem.dataset.fingerprint] if explainer.needs else []
+        context = [problem.dataset.fingerprint if "roi_prior" in explainer.needs else "", explainer.fingerprint()]
         hashed = key(base, identity(explainer), classes.tolist(), self.suite.seed, context)
         return self.store.path("explanations", *problem.names, explainer.spec, key=hashed)
 
     def _explain(self, problem: Problem, shard: Shard) -> Iterator[None]:
         known = self.known(problem, shard)
-        for explainer in self.supported(problem):
-            cells = {self.explanation_cell(problem, shard, explainer, c): c for c in known.classes(explainer)}
-            missing = [cell for cell in cells if not self._is_done("explanations", cell, "npz")]
-            for group in [missing] if explainer.shares_draws and missing else [[cell] for cell in missing]:
-                self._explain_cells(problem, shard, explainer, {cell: cells[cell] for cell in group})
-            yield
+        for explainers in _companies(self.supported(problem)):
+            cells = {
+                self.explanation_cell(problem, shard, explainer, classes): (explainer, classes)
+                for explainer in explainers
+                for classes in known.classes(explainer)
+            }
+            missing = {cell: what for cell, what in cells.items() if not self._is_done("explanations", cell, "npz")}
+            for wanted in _batches(missing):
+                self._explain_cells(problem, shard, wanted)
+            yield from (None for _ in explainers)
 
-    def _explain_cells(
-        self, problem: Problem, shard: Shard, explainer: Explainer, cells: dict[str, np.ndarray]
-    ) -> None:
-        n = len(cells)
+    def _explain_cells(self, problem: Problem, shard: Shard, wanted: Wanted) -> None:
         start = time.perf_counter()
         try:
-            context = {"roi_prior": problem.roi_prior(shard).repeat(n, 0)} if "roi_prior" in explainer.needs else {}
-            inputs = shard.inputs.repeat_interleave(n, 0)
-            classes = np.stack(list(cells.values()), axis=1).ravel()
-            maps = explainer.explain(problem.model.module, inputs, classes, seed=self.suite.seed, **context)
+            maps = self._maps(problem, shard, wanted)
         except ModelChangedError:
             raise
         except Exception as error:  # whatever a stranger's code raises costs its own cells only
-            for cell in cells:
+            explainers = {explainer for explainer, _ in wanted.values()}
+            if len(explainers) > 1:  # find out whose it was
+                for cell, what in wanted.items():
+                    self._explain_cells(problem, shard, {cell: what})
+                return
+            for cell in wanted:
                 self.store.fail(cell, error)
-            self.done["explanations failed"] += n
+            self.done["explanations failed"] += len(wanted)
             return
-        seconds = time.perf_counter() - start
-        for position, cell in enumerate(cells):
-            self.store.write_arrays(cell, maps=maps[position::n].numpy(), seconds=np.array(seconds))
-        self.done["explanations computed"] += n
+        shares = len({explainer for explainer, _ in wanted.values()})
+        seconds = (time.perf_counter() - start) / shares
+        for cell, of_cell in zip(wanted, maps, strict=True):
+            self.store.write_arrays(cell, maps=of_cell.numpy(), seconds=np.array(seconds))
+        self.done["explanations computed"] += len(wanted)
+
+    def _maps(self, problem: Problem, shard: Shard, wanted: Wanted) -> list[Tensor]:
+        """Return the maps of each cell: of several explainers for the same classes, or of one for several classes."""
+        explainers, columns = zip(*wanted.values(), strict=True)
+        module, seed = problem.model.module, self.suite.seed
+        if len(set(explainers)) > 1:
+            return explain_together(explainers, module, shard.inputs, columns[0], seed=seed)
+        n = len(columns)
+        inputs, classes = shard.inputs.repeat_interleave(n, 0), np.stack(columns, axis=1).ravel()
+        context = problem.context(explainers[0], shard, n)
+        maps = explainers[0].explain(module, inputs, classes, seed=seed, **context)
+        return [maps[position::n] for position in range(n)]
 
     def supported(self, problem: Problem) -> list[Explainer]:
         """Return the explainers that can explain the problem's model."""
@@ -345,6 +366,24 @@ class Run:
             explain=explain,
             shared=shared,
         )
+
+
+def _companies(explainers: list[Explainer]) -> list[list[Explainer]]:
+    """Put together those that share passes through the model, and leave each other one alone."""
+    companies: dict[Any, list[Explainer]] = {}
+    for explainer in explainers:
+        company = explainer.half_precision if shareable(explainer) else explainer
+        companies.setdefault(company, []).append(explainer)
+    return list(companies.values())
+
+
+def _batches(missing: Wanted) -> list[Wanted]:
+    """Split the cells of one company into what is computed at once."""
+    batches: dict[Any, Wanted] = {}
+    for cell, (explainer, classes) in missing.items():
+        batch = explainer if explainer.shares_draws else classes.tobytes()
+        batches.setdefault(batch, {})[cell] = explainer, classes
+    return list(batches.values())
 
 
 def _other_classes(metric: Metric, logits: np.ndarray, targets: np.ndarray, seeds: np.ndarray) -> np.ndarray:

@@ -239,6 +239,42 @@ def test_a_broken_explainer_fails_its_own_cells_only(
     assert "traceback" in next((tmp_path / "run/failures").rglob("*.json")).read_text()
 
 
+FAULTY = '''
+from adapters import vit
+
+class Faulty(vit.ViTExplainer):
+    """Shares its pass with others, and fails."""
+
+    name = "faulty"
+    family = "test"
+
+    def watches(self, model):
+        return vit.attentions(model)
+
+    def read(self, seen):
+        raise KeyError("not seen")
+'''
+
+
+def test_a_broken_explainer_does_not_harm_those_it_shares_a_pass_with(
+    command: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "faulty.py"
+    file.write_text(FAULTY)
+    arguments = ["--model", checkpoint, "--metrics", CHEAP, "--samples", 8]
+    outcome = command(
+        "run", "quickstart", *arguments, "--explainers", f"cdam,{file},rollout,constant", "--out", tmp_path / "a"
+    )
+    assert outcome.code == 1
+    assert "KeyError: 'not seen'" in outcome.err
+    alone = command("run", "quickstart", *arguments, "--explainers", "cdam,rollout,constant", "--out", tmp_path / "b")
+    assert alone.code == 0
+    first, second = (pd.read_csv(tmp_path / run / "leaderboards/digits.csv").set_index("explainer") for run in "ab")
+    same = ["srg[steps=4]", "srg[steps=4]_ci_low", "status"]
+    assert first.loc["faulty", "status"] == "failed"
+    pd.testing.assert_frame_equal(first.loc[second.index, same], second[same])
+
+
 BAD_METRIC = '''
 import numpy as np
 from metrics import Metric

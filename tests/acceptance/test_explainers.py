@@ -1,0 +1,85 @@
+"""What the command line says of explainers: the catalogue, and the check of a new one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import adapters
+from tests.acceptance.conftest import Outcome
+
+Command = Callable[..., Outcome]
+
+GOOD = '''
+import torch
+from adapters import Explainer
+
+class Mine(Explainer):
+    """Squared gradient."""
+
+    name = "mine"
+    family = "gradient"
+    reference = "unpublished"
+    power: int = 2
+
+    def attribute(self, model, inputs, targets, **context):
+        (gradient,) = torch.autograd.grad(model(inputs).gather(1, targets[:, None]).sum(), inputs)
+        return (gradient**self.power).sum(1)
+'''
+
+
+def test_the_catalogue_names_every_explainer_with_its_facts(command: Command) -> None:
+    outcome = command("list", "explainers", "--json")
+    rows = {row["name"]: row for row in json.loads(outcome.out)}
+    assert set(rows) == set(adapters.registry.names())
+    for name, row in rows.items():
+        explainer = adapters.get(name)
+        assert row["cost"] == explainer.cost
+        assert row["signed"] == explainer.signed
+        assert row["licence"] == explainer.licence
+        assert row["reference"] or explainer.trivial
+    assert rows["rollout"]["parameters"] == "start_layer=0, fusion=mean, discard=0.0"
+    table = command("list", "explainers").out
+    assert all(name[:12] in table for name in rows)
+    assert "licence note" in table
+
+
+def test_explainers_cost_something_and_trivial_rows_nothing() -> None:
+    for name, cls in adapters.registry.classes.items():
+        assert (adapters.get(name).cost == 0) == cls.trivial, name
+
+
+def test_a_good_explainer_passes_its_check(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(GOOD)
+    outcome = command("check", file)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert "resnet" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("change", "spec", "code", "line"),
+    [
+        (("power: int = 2", "power: int = 1"), "", 1, "keeps_its_sign: it says signed=False"),
+        (("", ""), "[power=3]", 1, "keeps_its_sign"),
+        (
+            ("    def attr", "    def supports(self, model):\n        return 'no'\n\n    def attr"),
+            "",
+            2,
+            "refuses every model",
+        ),
+        (("", ""), "[pover=3]", 2, "Did you mean power?"),
+        (("import torch", "import torhc"), "", 2, "No module named 'torhc'"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    command: Command, tmp_path: Path, change: tuple[str, str], spec: str, code: int, line: str
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(GOOD.replace(*change))
+    outcome = command("check", f"{file}{spec}")
+    assert outcome.code == code
+    assert line in outcome.err
+    assert "Traceback" not in outcome.err

@@ -1,0 +1,99 @@
+"""One pass for many: the same maps, fewer passes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import adapters
+from adapters import conformance
+from adapters.recording import Recording, SinglePass, explain_together, shareable
+
+METHODS = [adapters.get(f"{name}[{cls.quick}]") for name, cls in adapters.registry.classes.items()]
+
+
+def sharing(model: nn.Module, half_precision: bool = True) -> list[SinglePass]:
+    return [m for m in METHODS if shareable(m) and not m.supports(model) and m.half_precision == half_precision]  # type: ignore[misc]
+
+
+def case(name: str) -> conformance.Case:
+    return conformance.Case(METHODS[0], conformance.build(name).eval(), conformance.SIZES.get(name, (32, 32)))
+
+
+@pytest.mark.parametrize(("name", "half_precision"), [*((name, True) for name in conformance.MODELS), ("vit", False)])
+def test_maps_explained_together_are_the_same_to_the_last_bit(name: str, half_precision: bool) -> None:
+    problem = case(name)
+    methods = sharing(problem.model, half_precision)
+    assert methods
+    together = explain_together(methods, problem.model, problem.inputs, problem.targets)
+    for method, maps in zip(methods, together, strict=True):
+        assert torch.equal(method.explain(problem.model, problem.inputs, problem.targets), maps), method.spec
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Count the forward passes, and the backward passes that reach the first and the last block."""
+    counts = {"forward": 0, "first": 0, "last": 0}
+
+    def count(what: str) -> object:
+        def hook(*_: object) -> None:
+            counts[what] += 1
+
+        return hook
+
+    handles = [
+        model.register_forward_hook(count("forward")),
+        model.blocks[0].mlp.fc1.register_full_backward_hook(count("first")),
+        model.blocks[-1].mlp.fc1.register_full_backward_hook(count("last")),
+    ]
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+def test_all_of_them_share_one_forward_and_one_backward() -> None:
+    problem = case("vit")
+    methods = [m for m in sharing(problem.model) if m.name != "legrad"]  # walks back from every block once more
+    assert len(methods) >= 7
+    with counted(problem.model) as counts:
+        explain_together(methods, problem.model, problem.inputs, problem.targets)
+    assert counts == {"forward": 1, "first": 1, "last": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [("rollout", 0, 0), ("raw_attention", 0, 0), ("cdam", 0, 1), ("gradcam", 0, 1), ("gae", 1, 1)],
+)
+def test_the_graph_starts_no_earlier_than_it_must(name: str, first: int, last: int) -> None:
+    problem = case("vit")
+    with counted(problem.model) as counts:
+        adapters.get(name).explain(problem.model, problem.inputs, problem.targets)
+    assert counts == {"forward": 1, "first": first, "last": last}
+
+
+class InPlace(nn.Module):
+    """Overwrites what its convolution returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.head = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Linear(4, 5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.act(self.conv(inputs)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("of_image", [False, True])
+def test_what_is_recorded_survives_work_in_place(of_image: bool) -> None:
+    model = InPlace().requires_grad_(False)
+    inputs, targets = torch.rand(2, 3, 8, 8, requires_grad=True), torch.tensor([0, 4])
+    seen = Recording(model, inputs, targets, [model.conv], [model.conv], of_image)
+    before = model.conv(inputs)
+    assert torch.equal(seen.output(model.conv), before)
+    assert torch.equal(seen.input(model.conv), inputs)
+    expected = model.head.weight[targets][:, :, None, None] / 36 * (before > 0)
+    torch.testing.assert_close(seen.gradient(model.conv), expected)
+    if of_image:
+        (gradient,) = torch.autograd.grad(model(inputs).gather(1, targets[:, None]).sum(), inputs)
+        torch.testing.assert_close(seen.image_gradient, gradient)
