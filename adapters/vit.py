@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -70,3 +71,77 @@ def readout(model: nn.Module, like: Tensor) -> Tensor:
     else:
         weights[0 if vit.pool_include_prefix else vit.num_prefix_tokens :] = 1
     return weights / weights.sum()
+
+
+def read_tokens(model: nn.Module, like: Tensor) -> Tensor:
+    """Return the (R,) positions of the tokens that the head reads, with equal weights; `like` as for `readout`."""
+    return readout(model, like).nonzero()[:, 0]
+
+
+def latents(seen: Recording) -> Tensor:
+    """Return (N, width), what the head's last layer receives; the model's `norm` must have been watched."""
+    vit = find(seen.model)
+    return vit.forward_head(seen.differentiable(vit.norm), pre_logits=True)
+
+
+def resume(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
+    """Return the logits (N, K) that `model` would give these images if its last block put out `tokens`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With a Vision Transformer somewhere in it; what follows that one is not left out.
+    images : Tensor
+        (N, C, H, W), for what stands around the Vision Transformer.
+    tokens : Tensor
+        (N, tokens, width).
+    """
+    vit = find(model)
+    vars(vit)["forward_features"] = lambda *_, **__: vit.norm(tokens)
+    try:
+        return model(images)
+    finally:
+        del vars(vit)["forward_features"]
+
+
+def last_block(model: nn.Module, tokens: Tensor, normed: Tensor) -> Tensor:
+    """Return the last block's output (N, tokens, width), computed only at the tokens that the head reads.
+
+    Elsewhere it is the block's input. Exact up to rounding, in eval mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With a Vision Transformer in it.
+    tokens : Tensor
+        (N, tokens, width), the block's input.
+    normed : Tensor
+        (N, tokens, width), what its attention receives in place of the normalised `tokens`.
+    """
+    block, positions = find(model).blocks[-1], read_tokens(model, tokens[..., 0])
+    cheap = _foldable(block.attn) and len(positions) < block.attn.head_dim
+    attended = _attend(block.attn, normed, positions) if cheap else block.attn(normed)[:, positions]
+    read = tokens[:, positions] + block.ls1(attended)
+    read = read + block.ls2(block.mlp(block.norm2(read)))
+    return tokens.index_copy(1, positions, read)
+
+
+def _foldable(layer: Attention) -> bool:
+    plain = type(layer.qkv) is nn.Linear and isinstance(layer.k_norm, nn.Identity)
+    return plain and isinstance(layer.q_norm, nn.Identity) and layer.gate is None
+
+
+def _attend(layer: Attention, normed: Tensor, positions: Tensor) -> Tensor:
+    """Return the layer's output at some positions, (N, R, width), without keys and values of all tokens.
+
+    Both are linear in the tokens: the key's weights go to the query, the value's to the mean under the attention.
+    """
+    shape = (3, layer.num_heads, layer.head_dim)
+    to_query, to_key, to_value = layer.qkv.weight.unflatten(0, shape)
+    bias = torch.zeros_like(layer.qkv.weight[:, 0]) if layer.qkv.bias is None else layer.qkv.bias
+    query_bias, _, value_bias = bias.unflatten(0, shape)  # a key bias shifts all scores of a row alike
+    query = torch.einsum("nrc,hdc->nhrd", normed[:, positions], to_query) + query_bias[:, None]
+    scores = torch.einsum("nhrd,hdc->nhrc", query * layer.scale, to_key).flatten(1, 2) @ normed.mT
+    means = (scores.softmax(-1) @ normed).unflatten(1, (layer.num_heads, -1))
+    mixed = torch.einsum("nhrc,hdc->nrhd", means, to_value) + value_bias
+    return layer.proj(layer.norm(mixed.flatten(2)))

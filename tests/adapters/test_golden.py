@@ -48,6 +48,8 @@ def deviations(
         ("rollout", "rollout_start0"),
         ("rollout[start_layer=1]", "rollout_start1"),
         ("cdam", "cdam"),
+        ("gae", "gae"),
+        ("gradcam_attention", "gradcam_attention"),
     ],
 )
 def test_agrees_with_the_authors(
