@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -81,8 +80,8 @@ class Rollout(_Attention):
         maps = [self._fused(seen.output(layer)) for layer in vit.attentions(seen.model)[self.start_layer :]]
         row = vit.readout(seen.model, maps[0]).expand(len(maps[0]), 1, -1)
         for attention in reversed(maps):
-            mixed = attention + torch.eye(attention.shape[-1], device=attention.device, dtype=attention.dtype)
-            row = row @ (mixed / mixed.sum(-1, keepdim=True))
+            row = row / (1 + attention.sum(-1))[:, None]
+            row = row + row @ attention
         return vit.to_grid(seen, row[:, 0])
 
     def _fused(self, attention: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def as_timm(model: Any) -> VisionTransformer:
     RequestError
         If `model` is something else, or has an activation that timm's ViT has not.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", "") != "vit" or not hasattr(model, "classifier"):
         raise RequestError(f"{type(model).__name__} is no Hugging Face ViTForImageClassification: give one.")
     if config.hidden_act != "gelu":

@@ -47,33 +47,35 @@ class Recording:
         self.model, self.targets, self.of_image = model, targets, of_image
         self.inputs = inputs if of_image else inputs.detach()
         self.differentiated = list(dict.fromkeys(differentiated))
+        self._watched = {*watched, *self.differentiated}
         self._inputs: dict[nn.Module, Tensor] = {}
         self._outputs: dict[nn.Module, Tensor] = {}
-        needed = of_image or self.differentiated
-        with (
-            unfused(model),
-            self._hooked({*watched, *self.differentiated}),
-            nullcontext() if needed else torch.no_grad(),
-        ):
-            self.logits: Tensor = model(self.inputs)
+        self._versions: dict[nn.Module, int] = {}
+        self._in_place = False
+        self.logits = self._forward()
+        if any(self._outputs[module]._version != version for module, version in self._versions.items()):
+            self._in_place = True  # something overwrote what it had received: run again, and let it have a copy
+            self.logits = self._forward()
 
-    @contextmanager
-    def _hooked(self, modules: set[nn.Module]) -> Iterator[None]:
-        handles = [module.register_forward_hook(self._keep) for module in modules]
+    def _forward(self) -> Tensor:
+        graph = nullcontext() if self.of_image or self.differentiated else torch.no_grad()
+        handles = [module.register_forward_hook(self._keep) for module in self._watched]
         try:
-            yield
+            with unfused(self.model), graph:
+                return self.model(self.inputs)
         finally:
             for handle in handles:
                 handle.remove()
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if module in self.differentiated and not output.requires_grad:
+        starts = module in self.differentiated and not output.requires_grad
+        if starts:
             output = output.detach().requires_grad_()
-        self._inputs[module], self._outputs[module] = inputs[0], output
-        return output.clone()  # what follows may work in place
+        self._inputs[module], self._outputs[module], self._versions[module] = inputs[0], output, output._version
+        return output.clone() if starts or self._in_place else output
 
     def input(self, module: nn.Module) -> Tensor:
-        """Return what `module` received first."""
+        """Return the first argument of `module`, as the module left it."""
         return self._inputs[module].detach()
 
     def output(self, module: nn.Module) -> Tensor:

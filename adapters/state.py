@@ -61,16 +61,18 @@ def preserved(model: nn.Module) -> Iterator[None]:
         raise ModelChangedError("the explainer changed the model's weights or buffers: it must leave them alone.")
 
 
-def _dicts(module: nn.Module) -> dict[str, dict]:
-    return {name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)}
+def _dicts(module: nn.Module) -> list[tuple[dict, dict]]:
+    """Pair each of its dicts with a copy; most are empty, and there are many."""
+    return [(value, value.copy() if value else {}) for value in vars(module).values() if isinstance(value, dict)]
 
 
-def _restore_module(module: nn.Module, attributes: dict[str, Any], dicts: dict[str, dict]) -> None:
+def _restore_module(module: nn.Module, attributes: dict[str, Any], dicts: list[tuple[dict, dict]]) -> None:
     vars(module).clear()
     vars(module).update(attributes)
-    for name, content in dicts.items():
-        attributes[name].clear()
-        attributes[name].update(content)
+    for mine, before in dicts:
+        if mine or before:
+            mine.clear()
+            mine.update(before)
 
 
 def _restore_parameter(parameter: nn.Parameter, requires_grad: bool, grad: Tensor | None) -> None:
