@@ -1,14 +1,20 @@
 """The examples of the documents work as they stand."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import adapters
 import metrics
+from adapters import conformance
+from adapters.recording import shareable
+from bench import cli
 from explainer_bench import split_specs
 
 HOUSE = Path(adapters.__file__).parents[1]
@@ -23,13 +29,50 @@ def example(tmp_path, document, name):
     return path
 
 
+HOW_TO = "docs/how-to/add-an-explainer.md"
+
+
 def test_the_explainer_to_add(tmp_path):
-    explainer = adapters.get(str(example(tmp_path, "CONTRIBUTING.md", "input_x_gradient")))
+    explainer = adapters.get(str(example(tmp_path, HOW_TO, "squared_gradient")))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2, bias=False))
-    images = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    maps = explainer(model, images, np.ones(5, dtype=int))
+    maps = explainer(model, torch.randn(5, 3, 4, 4), np.ones(5, dtype=int))
     weights = model[1].weight.detach()[1].view(3, 4, 4)
-    assert np.allclose(maps[:, 0], (images * weights).sum(1), atol=1e-6)
+    assert np.allclose(maps[:, 0], (weights**2).mean(0), atol=1e-6)
+    power = adapters.get(str(tmp_path / "squared_gradient.py"), power=4)
+    assert np.allclose(power(model, torch.randn(1, 3, 4, 4), [1])[0, 0], (weights**4).mean(0), atol=1e-6)
+
+
+def test_the_vision_transformer_method_to_add(tmp_path):
+    explainer = adapters.get(str(example(tmp_path, HOW_TO, "last_block")))
+    assert [finding for finding in conformance.check(explainer) if finding.verdict == "broken"] == []
+    assert shareable(explainer)
+
+
+def test_the_commands_of_adding_an_explainer(tmp_path, monkeypatch):
+    example(tmp_path, HOW_TO, "squared_gradient").rename(tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"```bash\n(.*?)```", (HOUSE / HOW_TO).read_text(), re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, command
+    board = pd.read_csv("runs/mine/leaderboards/digits.csv").set_index("explainer")
+    assert board.loc["squared_gradient", "rank_low"] >= 1
+
+
+def test_the_cards_are_those_of_the_sources(monkeypatch):
+    monkeypatch.syspath_prepend(HOUSE / "docs")
+    import cards
+
+    assert cards.PAGE.read_text() == cards.page(), "write them again: python docs/cards.py"
+
+
+def test_every_explainer_has_a_measured_cost():
+    text = (HOUSE / "docs/explainer-costs.md").read_text()
+    names = [name for name, cls in adapters.registry.classes.items() if not cls.trivial]
+    assert [name for name in names if f"| {name} " not in text] == []
 
 
 def test_the_metric_to_add(tmp_path):
@@ -50,11 +93,12 @@ def test_the_metric_to_add(tmp_path):
     assert metrics.get(str(path), pixels=2)(samples).values == pytest.approx([0.7, 2 / 16])
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/explainer-costs.md"])
 def test_links_lead_to_files(document):
     links = re.findall(r"\]\((?!https?://)([^)#]+)\)", (HOUSE / document).read_text())
     assert links
-    assert [link for link in links if not (HOUSE / link).exists()] == []
+    folder = (HOUSE / document).parent
+    assert [link for link in links if not (folder / link).exists()] == []
 
 
 def test_the_readme_names_only_real_parts():
