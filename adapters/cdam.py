@@ -52,10 +52,17 @@ class _RepeatedCDAM(Explainer):
 
     family = "cdam"
     signed = True
-    passes = 1
     reference = _REFERENCE
     licence = _LICENCE
     at: Literal["block_input", "norm1"] = "block_input"
+
+    @property
+    def cost(self) -> float:
+        """One pass, and a hundredth of one (measured on ViT-B/16) for each copy where the head reads the class token.
+
+        Where it reads the mean of all, a copy costs a forward and a backward pass through the last block.
+        """
+        return 1 + 0.01 * len(self.scales())
 
     @property
     def level(self) -> float:
@@ -86,7 +93,7 @@ class _RepeatedCDAM(Explainer):
         for scales in self.scales().to(tokens).split(_CHUNK):
             copies = scales[:, None, None] * origin
             if self.level:
-                copies = copies + deviation * torch.randn_like(copies)
+                copies = copies + deviation * torch.randn(copies.shape, dtype=copies.dtype, device=copies.device)
             before, normed = (copies, norm(copies)) if self.at == "block_input" else (tokens.expand_as(copies), copies)
             normed.requires_grad_()
             after = vit.last_block(model, before, normed)
