@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from explainer_bench import Component, RequestError, __version__, split_specs
+from explainer_bench import Component, RequestError, __version__, parse_spec, split_specs
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
@@ -121,6 +121,50 @@ def run(
         _print_boards(result.report)
         out.print(f"Boards: {folder / 'leaderboards'} (page: {folder / 'leaderboards' / 'index.html'})", soft_wrap=True)
     _fail(result.failures)
+
+
+@app.command()
+def tune(
+    explainer: Annotated[str, typer.Argument(help="See `list explainers`.")],
+    grid: Annotated[list[str], typer.Option(help="PARAM=VALUE,VALUE,...: what to try; repeatable.")],
+    dataset: Annotated[str, typer.Option(help="Its validation split is used, never its test images.")],
+    model: Annotated[str, typer.Option(help="As for `run`.")],
+    metric: Annotated[str, typer.Option(help="What to choose by.")] = "srg",
+    samples: Annotated[int, typer.Option(min=1, help="Images.")] = 32,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path | None, typer.Option("--out", help="Folder; runs/tune-EXPLAINER by default.")] = None,
+) -> None:
+    """Choose an explainer's parameters on held-out images: the validation split, which no leaderboard shows."""
+    from bench import tuning
+
+    choices = dict(_choices(text) for text in grid)
+    folder = output or Path("runs") / f"tune-{explainer.partition('[')[0]}"
+    with _bars("steps") as progress:
+        result = tuning.tune(
+            explainer,
+            choices,
+            dataset=dataset,
+            model=model,
+            metric=metric,
+            samples=samples,
+            seed=seed,
+            out=folder,
+            data_root=data_root,
+            device=device,
+            progress=progress,
+        )
+    if result.report:
+        _print_boards(result.report)
+    _fail(result.failures)
+
+
+def _choices(text: str) -> tuple[str, list[Any]]:
+    name, equals, values = text.partition("=")
+    if not (equals and values):
+        raise RequestError(f"--grid {text!r}: write it as PARAM=VALUE,VALUE,...")
+    return name.strip(), [parse_spec(f"x[v={value}]")[1]["v"] for value in values.split(",")]
 
 
 def _fail(lines: list[str]) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import adapters
@@ -83,3 +84,44 @@ def test_what_is_wrong_is_said(
     assert outcome.code == code
     assert line in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_parameters_are_tuned_on_the_validation_split(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [
+        "--dataset",
+        "digits",
+        "--model",
+        checkpoint,
+        "--metric",
+        "srg[steps=4]",
+        "--samples",
+        8,
+        "--out",
+        tmp_path,
+    ]
+    outcome = command("tune", "rollout[fusion=max]", "--grid", "start_layer=0,1", "--grid", "discard=0,0.5", *arguments)
+    assert outcome.code == 0, outcome.err
+    (board,) = [f for f in (tmp_path / "leaderboards").glob("*.csv") if not f.name.endswith(".long.csv")]
+    rows = pd.read_csv(board)
+    assert set(rows["dataset"]) == {"digits[split=val]"}
+    assert len(rows) == 4
+    assert rows["explainer"].str.contains("fusion=max").all()
+    assert outcome.out.count("rollout[") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--grid", "start_layer=0,1", "--dataset", "digits[split=test]"], "on the split 'val' alone, not on 'test'"),
+        (["--grid", "start=0,1", "--dataset", "digits"], "Did you mean start_layer"),
+        (["--grid", "start_layer=0,x", "--dataset", "digits"], "start_layer"),
+        (["--grid", "start_layer", "--dataset", "digits"], "write it as PARAM=VALUE"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said(
+    command: Command, checkpoint: Path, tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    outcome = command("tune", "rollout", *arguments, "--model", checkpoint, "--out", tmp_path / "run")
+    assert outcome.code == 2
+    assert line in outcome.err
+    assert not (tmp_path / "run").exists()
