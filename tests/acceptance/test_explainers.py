@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 import adapters
 from tests.acceptance.conftest import Outcome
@@ -122,6 +123,40 @@ def test_what_cannot_be_tuned_is_said(
     command: Command, checkpoint: Path, tmp_path: Path, arguments: list[str], line: str
 ) -> None:
     outcome = command("tune", "rollout", *arguments, "--model", checkpoint, "--out", tmp_path / "run")
+    assert outcome.code == 2
+    assert line in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def concept(folder: Path, value: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in ("one.png", "two.png"):
+        Image.new("RGB", (50, 40), (value, len(name), 200)).save(folder / name)
+    return folder
+
+
+def test_a_concept_is_a_folder_of_images(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--model", checkpoint, "--metrics", "sparseness", "--samples", 4, "--out", tmp_path / "run"]
+    spec = f"concept_cdam[folder={concept(tmp_path / 'stripes', 10)}]"
+    outcome = command("run", "quickstart", "--explainers", f"{spec},cdam", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert "explanations: 2 computed" in outcome.out
+    concept(tmp_path / "stripes", 240)
+    again = command("run", "quickstart", "--explainers", f"{spec},cdam", *arguments)
+    assert "explanations: 1 computed, 1 found" in again.out
+
+
+@pytest.mark.parametrize(
+    ("spec", "line"),
+    [
+        ("concept_cdam", "concept_cdam needs images of its concept: concept_cdam[folder=DIR]"),
+        ("concept_cdam[folder=nowhere]", "finds no images in nowhere"),
+    ],
+)
+def test_a_concept_without_images_is_refused(
+    command: Command, checkpoint: Path, tmp_path: Path, spec: str, line: str
+) -> None:
+    outcome = command("run", "quickstart", "--explainers", spec, "--model", checkpoint, "--out", tmp_path / "run")
     assert outcome.code == 2
     assert line in outcome.err
     assert not (tmp_path / "run").exists()
