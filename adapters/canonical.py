@@ -210,9 +210,9 @@ def _has_rule(module: nn.Module) -> bool:
 
 
 def _without_activation(module: BatchNormAct2d) -> nn.Module:
-    norm = nn.BatchNorm2d(module.num_features, module.eps)
+    norm = nn.BatchNorm2d(module.num_features, module.eps).to(module.running_mean)
     norm.load_state_dict(module.state_dict(), strict=False)
-    return norm.to(module.running_mean).eval()
+    return norm.eval()
 
 
 def _operation(node: fx.Node) -> str:

@@ -57,13 +57,13 @@ class LRPEpsilonPlus(_LRP):
     to the size of that sum (epsilon rule, linear layers); to the positive ``z_j`` alone (z-plus, convolutions); in
     equal parts (flat, the first layer). Where a shortcut is added, and in average pooling, it goes by the epsilon rule
     with 1e-6; maximum pooling gives all to the winner; ReLU passes it on. Biases take a part, which is lost: only
-    without them do the pixels sum to the logit.
+    without them do the pixels sum to the logit, and only where no unit lacks positive ``z_j``.
 
     All this on a canonical copy of the model, whose logits are the same. BatchNorm is merged into the convolution or
     linear layer before it; where there is none, as in DenseNet, it passes relevance on unchanged, as in zennit (not
     merged into the layer behind it, as in Pahde et al. 2023). A gate, that is any product with the output of a sigmoid
-    (SE, CBAM, ECA), counts as a constant: all relevance goes to what it scales. zennit's own canonizers are not used.
-    They merge by the order in which layers are declared, which changes the logits of a DenseNet, and know no gates.
+    (SE, CBAM, ECA), counts as a constant: all relevance goes to what it scales. zennit's own canonizers are not used:
+    they merge in the order in which layers are declared, which fails on a DenseNet, and know no gates.
     """
 
     name = "lrp_epsilon_plus"
@@ -116,9 +116,8 @@ class LRPEpsilon(_LRP):
     """LRP with the epsilon rule for everything: convolutions, linear layers, BatchNorm, sums and averages.
 
     Canonical copy and start as in `lrp_epsilon_plus`. The rules are the defaults of captum's LRP, which Goncalves et
-    al. used, with its `epsilon`. captum itself follows the gradient through whatever is no module: both terms of
-    ``x + y`` get all of the relevance, so that its sum grows with every shortcut of a ResNet, and so do both factors
-    of a product, each scaled by the other. Here the terms share it, and the gate of a product counts as a constant.
+    al. used, with its `epsilon`. On a model of modules alone the maps are captum's. But captum takes the gradient of
+    whatever is no module, so that at a functional shortcut or gate its relevance is not conserved; here it is.
     """
 
     name = "lrp_epsilon"
