@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 from skimage.filters import sobel
 from torch import Tensor, nn
 
 from adapters import vit
 from adapters.base import Explainer
+from adapters.superpixels import superpixels
 
 
 class _Trivial(Explainer):
@@ -55,6 +60,24 @@ class CenterGaussian(_Trivial):
         return torch.outer(*profiles).expand(len(inputs), -1, -1)
 
 
+class CenterSquare(_Trivial):
+    """1 inside a square at the image's centre that covers the share `area` of the image, 0 outside.
+
+    On an image that is not square, a rectangle of its proportions. A pixel is inside if its centre is.
+    """
+
+    name = "center_square"
+    area: Annotated[float, Field(gt=0, le=1)] = 0.6
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W) of 0 and 1."""
+        inside = []
+        for side in inputs.shape[-2:]:
+            distance = (torch.arange(side) - (side - 1) / 2).abs()
+            inside.append((distance < side * self.area**0.5 / 2).float())
+        return torch.outer(*inside).expand(len(inputs), -1, -1)
+
+
 class Sobel(_Trivial):
     """Edge strength of the image's channel mean."""
 
@@ -65,6 +88,33 @@ class Sobel(_Trivial):
         """Return (N, H, W), at least 0."""
         grey = inputs.detach().mean(1).double().cpu().numpy()
         return torch.stack([torch.from_numpy(sobel(image)) for image in grey])
+
+
+class EdgesVariance(_Trivial):
+    """Variance of the image's channel mean over the `window` x `window` pixels around each; the border is repeated."""
+
+    name = "edges_variance"
+    window: Annotated[int, Field(ge=2)] = 5
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W), at least 0."""
+        border = [(self.window - 1) // 2, self.window // 2] * 2
+        grey = F.pad(inputs.detach().double().mean(1, keepdim=True), border, mode="replicate")
+        windows = grey[:, 0].unfold(1, self.window, 1).unfold(2, self.window, 1)
+        return windows.var((-2, -1), unbiased=False)
+
+
+class SuperpixelRandom(_Trivial):
+    """Independent uniform noise per superpixel, cut as `lime` does, drawn per image."""
+
+    name = "superpixel_random"
+    stochastic = True
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        """Return (N, H, W) in [0, 1)."""
+        images = inputs.detach().permute(0, 2, 3, 1).double().cpu().numpy()
+        segments = [torch.from_numpy(superpixels(image)) for image in images]
+        return torch.stack([torch.rand(int(each.max()) + 1)[each] for each in segments])
 
 
 class Intensity(_Trivial):
