@@ -103,7 +103,7 @@ class LeGrad(_AttentionGradient):
     name = "legrad"
     reference = (
         "Bousselham et al., LeGrad: an explainability method for vision transformers via feature formation "
-        "sensitivity, arXiv 2404.03214, 2024"
+        "sensitivity, ICCV 2025 (arXiv 2404.03214)"
     )
     upsampling = "bilinear"
     start_layer: Annotated[int, Field(ge=0)] = 0
@@ -273,7 +273,7 @@ class TransitionAttention(_IntegratedAttention):
     The read-out row of the last attention (mean over heads) goes through ``(I + A_l)`` for the blocks below it down to
     `start_layer`; it is multiplied by the positive part of the last attention's gradient, averaged over `steps`
     images from zero to the given one. `start_layer` is by default 4, as in the authors' scripts, or the last block
-    where there are fewer; their class for demonstrations has 0.
+    where there are fewer; one of their two copies of the method defaults to 0.
     """
 
     name = "transition_attention"

@@ -86,20 +86,28 @@ class _RepeatedCDAM(Explainer):
 
     def _mean(self, model: nn.Module, image: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
         """Return the scores (tokens,) of one image, given as its (tokens, width) before the last block."""
+        chunks = self.scales().to(tokens).split(_CHUNK)
+        return torch.cat([self._maps(model, image, tokens, target, scales) for scales in chunks]).mean(0)
+
+    def _maps(self, model: nn.Module, image: Tensor, tokens: Tensor, target: Tensor, scales: Tensor) -> Tensor:
+        """Return the scores (copies, tokens) of one copy per scale."""
         norm = vit.find(model).blocks[-1].norm1
-        origin = tokens if self.at == "block_input" else norm(tokens)
-        deviation = self.level * (origin.max() - origin.min())
-        total = torch.zeros_like(tokens[:, 0])
-        for scales in self.scales().to(tokens).split(_CHUNK):
-            copies = scales[:, None, None] * origin
-            if self.level:
-                copies = copies + deviation * torch.randn(copies.shape, dtype=copies.dtype, device=copies.device)
-            before, normed = (copies, norm(copies)) if self.at == "block_input" else (tokens.expand_as(copies), copies)
-            normed.requires_grad_()
-            after = vit.last_block(model, before, normed)
-            logits = vit.resume(model, image.expand(len(copies), -1, -1, -1), after)[:, target]
-            total += (normed * torch.autograd.grad(logits.sum(), normed)[0]).sum((0, 2)).detach()
-        return total / len(self.scales())
+        if self.at == "block_input":
+            before = self._perturbed(tokens, scales)
+            normed = norm(before)
+        else:
+            normed = self._perturbed(norm(tokens), scales)
+            before = tokens.expand_as(normed)
+        after = vit.last_block(model, before, normed.requires_grad_())
+        logits = vit.resume(model, image.expand(len(scales), -1, -1, -1), after)[:, target]
+        return (normed * torch.autograd.grad(logits.sum(), normed)[0]).sum(-1).detach()
+
+    def _perturbed(self, tokens: Tensor, scales: Tensor) -> Tensor:
+        copies = scales[:, None, None] * tokens
+        if not self.level:
+            return copies
+        noise = torch.randn(copies.shape, dtype=copies.dtype, device=copies.device)
+        return copies + self.level * (tokens.max() - tokens.min()) * noise
 
 
 class SmoothCDAM(_RepeatedCDAM):
