@@ -100,6 +100,7 @@ class Run:
         self.explainers = _unique([adapters.get(spec) for spec in self.suite.explainers])
         self.metrics = _unique([metrics.get(spec) for spec in self.suite.metrics])
         self.problems = list(self._problems())
+        self._refusals: dict[tuple[Problem, Explainer], str] = {}
         names = Counter(problem.names for problem in self.problems)
         if twice := [" / ".join(name) for name, n in names.items() if n > 1]:
             raise RequestError(
@@ -274,11 +275,14 @@ class Run:
         return [explainer for explainer in self.explainers if not self.refusal(problem, explainer)]
 
     def refusal(self, problem: Problem, explainer: Explainer) -> str:
-        """Return why an explainer cannot explain the problem's model, or ""."""
-        try:
-            return explainer.supports(problem.model.module) or ""
-        except Exception as error:  # a stranger's code
-            return f"its `supports` raised {type(error).__name__}: {error}"
+        """Return why an explainer cannot explain the problem's model, or ""; asked once, some trace the model."""
+        if (problem, explainer) not in self._refusals:
+            try:
+                reason = explainer.supports(problem.model.module) or ""
+            except Exception as error:  # a stranger's code
+                reason = f"its `supports` raised {type(error).__name__}: {error}"
+            self._refusals[problem, explainer] = reason
+        return self._refusals[problem, explainer]
 
     def score_cell(self, problem: Problem, shard: Shard, explainer: Explainer, metric: Metric, known: Known) -> str:
         """Return the cell of one metric's scores of one explainer on a shard."""
