@@ -104,7 +104,7 @@ class FullLRP(_Relevance):
     embedding is dropped, and the patch embedding follows the z^B rule between the image's smallest and largest value;
     the map is the sum over the channels. The authors use the z^B rule for three channels only, here it serves any.
 
-    Without rescaling, tokens that nearly vanish make relevance explode (the authors' own maps of ViT-Ti/16 reach 1e9),
+    Without rescaling, tokens that nearly vanish make relevance explode (the authors' own maps of ViT-Ti/16 reach 3e10),
     and the last bits of the forward pass decide: on a CPU's other vector units, four maps of the same code moved by up
     to 58 % of their maximum. A row to compare with, not to rely on.
     """
@@ -133,17 +133,18 @@ def unsupported(transformer: VisionTransformer) -> str | None:
     """Return why the propagation rules do not cover a Vision Transformer, or None."""
     if not all(type(block.mlp) is Mlp and block.attn.gate is None for block in transformer.blocks):
         return "its blocks have a gated MLP or gated attention, for which the method has no rule"
-    if not all(isinstance(head, nn.Linear) for head in _heads(transformer)):
+    if not all(isinstance(head, nn.Linear) for head in heads(transformer)):
         return "its head is not linear"
     return None
 
 
-def _heads(transformer: VisionTransformer) -> list[Any]:
+def heads(transformer: VisionTransformer) -> list[Any]:
+    """Return the linear layer that ends in the logits, or the two whose mean they are."""
     return [getattr(transformer, name) for name in ("head", "head_dist") if hasattr(transformer, name)]
 
 
 def _parts(transformer: VisionTransformer, first: int = 0) -> list[nn.Module]:
-    parts = [transformer.norm, *_heads(transformer)]
+    parts = [transformer.norm, *heads(transformer)]
     for b in transformer.blocks[first:]:
         parts += [b.norm1, b.attn.qkv, b.attn.attn_drop, b.attn.proj, b.drop_path1]
         parts += [b.norm2, b.mlp.fc1, b.mlp.fc2, b.drop_path2]
@@ -180,15 +181,15 @@ class _Tape:
     def head(self) -> Tensor:
         """Relevance (N, tokens, width) of the last block's output."""
         tokens = self.seen.output(self.vit.norm)
-        heads = _heads(self.vit)
-        one_hot = F.one_hot(self.seen.targets, heads[0].out_features).to(tokens)
-        if len(heads) == 1:
+        ends = heads(self.vit)
+        one_hot = F.one_hot(self.seen.targets, ends[0].out_features).to(tokens)
+        if len(ends) == 1:
             parts = tokens * self.readout[:, None]
-            return parts * _divide(self.linear(heads[0], one_hot), parts.sum(1))[:, None]
+            return parts * _divide(self.linear(ends[0], one_hot), parts.sum(1))[:, None]
         relevance = torch.zeros_like(tokens)
-        first, second = (self.seen.output(head)[:, None] for head in heads)
+        first, second = (self.seen.output(head)[:, None] for head in ends)
         shares = self.add(first, second, one_hot[:, None])
-        for token, (head, share) in enumerate(zip(heads, shares, strict=True)):
+        for token, (head, share) in enumerate(zip(ends, shares, strict=True)):
             relevance[:, token] = self.linear(head, share[:, 0])
         return relevance
 

@@ -87,7 +87,7 @@ def test_relevance_agrees_with_the_authors_as_far_as_float32_carries(
 
     The reference values come from a processor with AVX-512. Elsewhere the bounds are what other vector units of one
     processor differ by among themselves, run with ``ATEN_CPU_CAPABILITY=default``. Below 0.1 % for `partial_lrp`, which
-    walks back through one block, and 5 % for `transformer_attribution`. The values of `full_lrp` reach 1e9 and say
+    walks back through one block, and 5 % for `transformer_attribution`. The values of `full_lrp` reach 3e10 and say
     next to nothing: those vector units differ by 58 % of the largest value, and one forward pass with relevance in
     float64 and in float32 by 0.5 %, so no bound is tighter. Its exact definition is tested in `test_relevance`.
     """
