@@ -51,8 +51,7 @@ def canonical(model: nn.Module) -> fx.GraphModule:
     try:
         graph = _Tracer().trace(root)
     except Exception as error:
-        reason = " ".join(str(error).split("\n")[:1])
-        raise NoRuleError(f"torch.fx cannot follow its forward ({reason})") from error
+        raise NoRuleError("torch.fx cannot follow its forward: " + str(error).partition("\n")[0]) from error
     _work_out_of_place(root, graph)
     _Canonizer(root, graph).run()
     return fx.GraphModule(root, graph)

@@ -97,6 +97,9 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "timm_cbam": lambda: timm.create_model("resnet18", num_classes=5, block_args={"attn_layer": "cbam"}, **SMALL),
     "survey_se": lambda: torchvision.models.ResNet(Gated, [1, 1, 1, 1], num_classes=5, width_per_group=8),
     "survey_cbam": lambda: torchvision.models.ResNet(WithCBAM, [1, 1, 1, 1], num_classes=5, width_per_group=8),
+    "survey_densenet": lambda: nn.Sequential(
+        torchvision.models.DenseNet(**DENSE, num_init_features=8).features, CBAM(16), nn.Flatten(), nn.Linear(256, 5)
+    ),
     "overwriting": Overwriting,
 }
 
@@ -336,7 +339,7 @@ class Branching(nn.Module):
         (timm.create_model("efficientnet_b0", num_classes=5), "SiLU"),
         (nn.Sequential(nn.Conv2d(3, 5, 3), nn.GELU()), "GELU"),
         (nn.Sequential(nn.Conv2d(3, 5, 3), Product()), "product"),
-        (nn.Sequential(nn.Conv2d(3, 5, 3), Branching()), "torch.fx cannot follow"),
+        (nn.Sequential(nn.Conv2d(3, 5, 3), Branching()), "torch.fx cannot follow its forward"),
         (nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, track_running_stats=False)), "running statistics"),
         (nn.Sequential(nn.Conv2d(3, 5, 3), nn.Softmax(1)), "Softmax"),
     ],
