@@ -165,7 +165,8 @@ def explain_all(
         if not all(explainer.half_precision for explainer in explainers):
             stack.enter_context(torch.autocast(device.type, enabled=False))
             if dtype in _HALF:
-                model, dtype = copy.deepcopy(model).float(), torch.float32
+                with torch.inference_mode(False):  # tensors made there would not be counted when they are changed
+                    model, dtype = copy.deepcopy(model).float(), torch.float32
         stack.enter_context(preserved(model))
         model.eval().requires_grad_(False)
         inputs = torch.as_tensor(np.ascontiguousarray(inputs) if isinstance(inputs, np.ndarray) else inputs)

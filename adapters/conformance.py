@@ -194,7 +194,8 @@ def runs_anywhere(case: Case) -> str:
 def runs_in_half_precision(case: Case) -> str:
     """A bfloat16 model gets finite maps of the same shape."""
     half = Case(case.explainer, copy.deepcopy(case.model).bfloat16(), case.size)
-    return returns_maps(half)
+    with torch.inference_mode():
+        return returns_maps(half)
 
 
 def runs_on_cuda(case: Case) -> str:
