@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from adapters import relevance, vit
 
 _LINEAR = (nn.Linear, nn.Conv2d, nn.Identity, nn.Dropout, DropPath, PatchDropout, LayerScale)
-_Rule = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of a layer, its input and its output; returns its output
+_Rule = Callable[[Any, Tensor, Tensor], Tensor]  # from a layer, its input and its output to a carrier of gradient
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -54,17 +55,24 @@ def applied(
     query_key, value : float
         What the gradients of an attention's queries and keys, and of its values, are multiplied by.
     gamma_conv : float
-        Of the patch embedding, at least 0; see `_gamma`.
+        Of the patch embedding, see `_gamma`; 0 for the plain gradient.
     gamma_linear : float
-        Of the MLPs and the heads, at least 0.
+        Of the MLPs and the heads.
     """
     layers: list[tuple[nn.Module, _Rule]] = [(m, _norm) for m in transformer.modules() if isinstance(m, nn.LayerNorm)]
-    layers.append((transformer.patch_embed.proj, _gamma(gamma_conv)))
-    layers += [(head, _gamma(gamma_linear)) for head in relevance.heads(transformer)]
+    linear = relevance.heads(transformer)
     for block in transformer.blocks:
         layers += [(block.mlp.act, _activation), (block.attn.qkv, _scaled(query_key, query_key, value))]
-        layers += [(layer, _gamma(gamma_linear)) for layer in (block.mlp.fc1, block.mlp.fc2)]
+        linear += [block.mlp.fc1, block.mlp.fc2]
+    if gamma_conv:
+        layers.append((transformer.patch_embed.proj, _gamma(gamma_conv)))
+    if gamma_linear:
+        layers += [(layer, _gamma(gamma_linear)) for layer in linear]
     with ExitStack() as stack:
+        for module in transformer.modules():
+            if getattr(module, "inplace", False):  # it would overwrite what a rule reads
+                module.inplace = False
+                stack.callback(setattr, module, "inplace", True)
         for layer, rule in layers:
             stack.callback(layer.register_forward_hook(_hook(rule)).remove)
         yield
@@ -72,26 +80,37 @@ def applied(
 
 def _hook(rule: _Rule) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        carrier = rule(layer, inputs[0], output)
-        return output.detach() + (carrier - carrier.detach())  # the output's value, the carrier's gradient
+        return _Swap.apply(output, rule(layer, inputs[0], output)) if output.requires_grad else output
 
     return hook
 
 
-def _norm(layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+class _Swap(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def _norm(layer: Any, inputs: Tensor, output: Tensor) -> Tensor:
     """Centred input times the constant weight over standard deviation; the bias is an input of its own."""
     variance, mean = torch.var_mean(inputs, -1, correction=0, keepdim=True)
     scale = (variance.detach() + layer.eps).rsqrt()
     return (inputs - mean) * (scale if layer.weight is None else scale * layer.weight)
 
 
-def _activation(layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+def _activation(layer: Any, inputs: Tensor, output: Tensor) -> Tensor:
     """Input times the constant output over input."""
     return inputs * (output / inputs).detach().where(inputs != 0, 0)
 
 
 def _scaled(query: float, key: float, value: float) -> _Rule:
-    def rule(layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+    def rule(layer: Any, inputs: Tensor, output: Tensor) -> Tensor:
         factors = output.new_tensor([query, key, value]).repeat_interleave(output.shape[-1] // 3)
         return output * factors
 
@@ -103,12 +122,10 @@ def _gamma(gamma: float) -> _Rule:
 
     With ``z = (1 + gamma / 2) y + (gamma / 2) sign(y) |x| |w|``, which is the output y with those contributions
     enlarged, ``z [y / z]`` shares y among the inputs as z is shared. The same as zennit's rule ``Gamma``, biases
-    included, at one more product forwards and backwards; for ``gamma = 0`` the plain gradient.
+    included, at one more product forwards and backwards.
     """
 
-    def rule(layer: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        if not gamma:
-            return output
+    def rule(layer: Any, inputs: Tensor, output: Tensor) -> Tensor:
         weight, bias = layer.weight.abs(), None if layer.bias is None else layer.bias.abs()
         if isinstance(layer, nn.Conv2d):
             sizes = F.conv2d(inputs.abs(), weight, bias, layer.stride, layer.padding)

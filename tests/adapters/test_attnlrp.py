@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adapters
 from adapters import rules
-from adapters.attnlrp import GRID, CPLRP, AttnLRP, tune
+from adapters.attnlrp import CPLRP, GRID, AttnLRP, tune
 from explainer_bench import RequestError
 
 from .conftest import build
@@ -201,6 +201,18 @@ def test_the_forward_pass_is_left_as_it_is(shape: str) -> None:
     with rules.applied(model, query_key=0.25, value=0.5, gamma_conv=0.25, gamma_linear=0.1):
         inside = model(inputs)
     assert torch.equal(inside, model(inputs))
+
+
+@pytest.mark.parametrize("name", ["attn_lrp", "libragrad"])
+def test_layers_that_work_in_place_change_nothing(name: str) -> None:
+    model, inputs = prepared("five_prefix")
+    for block in model.blocks:
+        block.mlp.act = nn.SiLU()
+    expected = adapters.get(name).explain(model, inputs, TARGETS)
+    for block in model.blocks:
+        block.mlp.act.inplace = block.ls1.inplace = block.ls2.inplace = True
+    assert torch.equal(adapters.get(name).explain(model, inputs, TARGETS), expected)
+    assert model.blocks[0].ls1.inplace
 
 
 def test_an_error_inside_leaves_no_rule_behind() -> None:
