@@ -156,7 +156,7 @@ def explain_together(
     Parameters
     ----------
     explainers : sequence of SinglePass
-        Each of them `shareable`, all of the same `half_precision`.
+        Each of them `shareable`, all of the same `half_precision` and `batch_size`.
     model, inputs, targets, seed
         As for `Explainer.explain`.
     """

@@ -376,7 +376,7 @@ def _companies(explainers: list[Explainer]) -> list[list[Explainer]]:
     """Put together those that share passes through the model, and leave each other one alone."""
     companies: dict[Any, list[Explainer]] = {}
     for explainer in explainers:
-        company = explainer.half_precision if shareable(explainer) else explainer
+        company = (explainer.half_precision, explainer.batch_size) if shareable(explainer) else explainer
         companies.setdefault(company, []).append(explainer)
     return list(companies.values())
 
