@@ -42,6 +42,7 @@ class AttnLRP(Explainer):
     signed = True
     reference = "Achtibat et al., AttnLRP: attention-aware layer-wise relevance propagation for transformers, ICML 2024"
     licence = "the authors' LXT is Clear BSD: no patent licence, and a patent may exist; written from the paper's rules"
+    batch_size = 4  # the gamma rule keeps several tensors of every MLP: of ViT-B/16, eight images would take 4 GB
     factors: ClassVar[tuple[float, float]] = (0.25, 0.5)  # of the gradient that reaches queries and keys, and values
     gamma_conv: Annotated[float, Field(ge=0)] = 0.25
     gamma_linear: Annotated[float, Field(ge=0)] = 0.05
