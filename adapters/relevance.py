@@ -76,7 +76,8 @@ class PartialLRP(_Relevance):
 
     The read-out row of ``mean_h(R_A^+)`` in the last block, of the class's relevance propagated as in `full_lrp`. The
     original method (Voita et al.) keeps the most relevant heads only; this is what the published tables contain,
-    ``method="last_layer"`` of the authors' ``ViT_orig_LRP``.
+    ``method="last_layer"`` of the authors' ``ViT_orig_LRP``. Where all that relevance is negative, the map is zero;
+    small random models show it often.
     """
 
     name = "partial_lrp"
