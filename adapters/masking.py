@@ -109,8 +109,8 @@ class FeatureAblation(_Ablation):
 
     @property
     def cost(self) -> float:
-        """The image and every superpixel; their number depends on the image."""
-        return 40
+        """The image and every superpixel, of which 38 are typical."""
+        return 39
 
     def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
         """Return (N, H, W) losses, in units of logit."""
