@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -23,17 +24,17 @@ from adapters.base import CONTEXT, Explainer
 from explainer_bench import RequestError
 
 _CLASSES = 5
-_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": _CLASSES, "patch_size": 8}
+_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": _CLASSES, "patch_size": 16}
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "vit": lambda: VisionTransformer(**_VIT, img_size=32),
-    "vit_registers": lambda: VisionTransformer(**_VIT, img_size=(24, 48), reg_tokens=4, init_values=0.1),
-    "vit_mean_pooled": lambda: VisionTransformer(**_VIT, img_size=32, global_pool="avg", qk_norm=True),
-    "vit_distilled": lambda: VisionTransformerDistilled(**_VIT, img_size=32),
+    "vit": lambda: VisionTransformer(**_VIT, img_size=64),
+    "vit_registers": lambda: VisionTransformer(**_VIT, img_size=(48, 80), reg_tokens=4, init_values=0.1),
+    "vit_mean_pooled": lambda: VisionTransformer(**_VIT, img_size=64, global_pool="avg", qk_norm=True),
+    "vit_distilled": lambda: VisionTransformerDistilled(**_VIT, img_size=64),
     "resnet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=_CLASSES, channels=(8, 8, 16, 16)),
 }
-SIZES = {"vit_registers": (24, 48), "resnet": (96, 96)}
+SIZES = dict.fromkeys(MODELS, (64, 64)) | {"vit_registers": (48, 80), "resnet": (96, 96)}
 
 
 def build(name: str) -> nn.Module:
@@ -62,10 +63,12 @@ class Case:
 
     explainer: Explainer
     model: nn.Module
-    size: tuple[int, int] = (32, 32)
+    size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        self.inputs = torch.rand(3, 3, *self.size, generator=torch.Generator().manual_seed(1)) - 0.5
+        generator = torch.Generator().manual_seed(1)
+        blocks = F.interpolate(torch.rand(3, 3, 4, 4, generator=generator), size=self.size)
+        self.inputs = blocks + 0.2 * torch.rand(3, 3, *self.size, generator=generator) - 0.6
         self.targets = torch.arange(3)
 
     def explain(self, model: nn.Module, inputs: Any, targets: Any, **options: Any) -> np.ndarray:
@@ -256,7 +259,7 @@ class Finding:
 def check(explainer: Explainer, models: tuple[str, ...] = tuple(MODELS)) -> Iterator[Finding]:
     """Check one explainer on each of the models; exceptions that it raises are findings, too."""
     for name in models:
-        case = Case(explainer, build(name), SIZES.get(name, (32, 32)))
+        case = Case(explainer, build(name), SIZES[name])
         try:
             reason = explainer.supports(case.model)
         except Exception as error:

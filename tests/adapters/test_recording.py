@@ -19,7 +19,7 @@ def sharing(model: nn.Module, half_precision: bool = True) -> list[SinglePass]:
 
 
 def case(name: str) -> conformance.Case:
-    return conformance.Case(METHODS[0], conformance.build(name).eval(), conformance.SIZES.get(name, (32, 32)))
+    return conformance.Case(METHODS[0], conformance.build(name).eval(), conformance.SIZES[name])
 
 
 @pytest.mark.parametrize(("name", "half_precision"), [*((name, True) for name in conformance.MODELS), ("vit", False)])
