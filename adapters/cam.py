@@ -17,6 +17,7 @@ from pytorch_grad_cam.ablation_layer import AblationLayer
 from pytorch_grad_cam.base_cam import BaseCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -85,15 +86,21 @@ def _returned(model: nn.Module) -> list[tuple[str, torch.Size]]:
         return lambda module, inputs, output: shapes.append((name, getattr(output, "shape", torch.Size())))
 
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    configured = [getattr(module, "pretrained_cfg", None) or {} for module in model.modules()]  # timm's
-    sizes = [config["input_size"][1:] for config in configured if "input_size" in config]
-    image = first.weight.new_zeros(1, first.in_channels, *(sizes[0] if sizes else (224, 224)))
+    image = first.weight.new_zeros(1, first.in_channels, *_image_size(model))
     with preserved(model), torch.no_grad():
         model.eval()
         for name, module in model.named_modules():
             module.register_forward_hook(note(name))
         model(image)
     return shapes
+
+
+def _image_size(model: nn.Module) -> tuple[int, int]:
+    """Return height and width of the images that a timm model is made for; of another, 224 each."""
+    modules = list(model.modules())
+    fixed = [module.img_size for module in modules if isinstance(module, PatchEmbed) and module.img_size]
+    usual = [cfg["input_size"][1:] for module in modules if (cfg := getattr(module, "pretrained_cfg", None))]
+    return [*fixed, *usual, (224, 224)][0]
 
 
 def _pooled(shapes: list[tuple[str, torch.Size]], channels_last: bool) -> str:
@@ -223,13 +230,14 @@ def _component(maps: Tensor, sign: str, preference: Callable[[Tensor], Tensor]) 
     maps : Tensor
         (N, C, h, w); each image is computed by itself, on the CPU.
     sign : str
-        "raw": what NumPy's singular value decomposition in float32 happens to give. "deterministic": in float64,
-        and turned around where `preference` of it is negative.
+        "raw": what NumPy's singular value decomposition happens to give. "deterministic": in float64, and turned
+        around where `preference` of it is negative.
     preference : callable
         From (N, h, w) to (N,).
     """
     if sign == "raw":
-        return torch.from_numpy(get_2d_projection(maps.float().cpu().numpy()))
+        wide = maps.to(torch.promote_types(maps.dtype, torch.float32))  # NumPy has no bfloat16
+        return torch.from_numpy(get_2d_projection(wide.cpu().numpy()))
     projections = torch.stack([_principal(image.double().cpu()) for image in maps])
     return torch.where(preference(projections)[:, None, None] < 0, -projections, projections)
 
