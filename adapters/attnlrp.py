@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,13 +10,6 @@ from torch import Tensor, nn
 
 from adapters import rules, vit
 from adapters.base import Explainer
-from explainer_bench import RequestError
-
-# What the authors' example tries on a ViT-B/16.
-GRID = tuple(
-    {"gamma_conv": conv, "gamma_linear": linear}
-    for conv, linear in itertools.product((0.1, 0.25, 100.0), (0.0, 0.01, 0.05, 0.1, 1.0))
-)
 
 
 class AttnLRP(Explainer):
@@ -33,8 +23,9 @@ class AttnLRP(Explainer):
     `gamma_linear` is the gamma rule's in the MLPs and the heads, `gamma_conv` in the patch embedding, 0 is the plain
     (epsilon) rule. Queries, keys, values and the attention's output projection have the plain rule: so it is in the
     authors' vision recipe, where the gamma rule does not reach them. That recipe (LXT, ``vit_torch``) is `cp_lrp`; this
-    is the full rule set, which they ship for language models. They name no best gamma and say to tune: the defaults
-    are the middle of their grid, and `adapters.attnlrp.tune` searches it on held-out images, never on test images.
+    is the full rule set, which they ship for language models. They name no best gamma and say to tune, over
+    ``gamma_conv`` in .1, .25, 100 and ``gamma_linear`` in 0, .01, .05, .1, 1: the defaults are the middle of that grid,
+    and ``explainer-bench tune`` searches any grid on the validation split, never on test images.
     """
 
     name = "attn_lrp"
@@ -77,36 +68,3 @@ class CPLRP(AttnLRP):
     name = "cp_lrp"
     reference = "Ali et al., XAI for transformers: better explanations through conservative propagation, ICML 2022"
     factors = (0.0, 1.0)
-
-
-def tune(
-    explainer: type[AttnLRP],
-    model: nn.Module,
-    inputs: Any,
-    targets: Any,
-    score: Callable[[Tensor], float],
-    grid: Iterable[Mapping[str, float]] = GRID,
-) -> AttnLRP:
-    """Return the explainer with the parameters of `grid` whose maps score highest; the first of equals.
-
-    Parameters
-    ----------
-    explainer : type of AttnLRP
-        `AttnLRP` or `CPLRP`.
-    model, inputs, targets
-        As for `Explainer.explain`. The images must be held out: a score on them is no evidence any more.
-    score : callable
-        From the (N, H, W) maps of these images to what should be high.
-    grid : iterable of mappings
-        Parameters to try, the authors' fifteen pairs if not given.
-
-    Raises
-    ------
-    RequestError
-        If `grid` is empty or a score is not finite.
-    """
-    candidates = [explainer(**parameters) for parameters in grid]
-    scores = [float(score(candidate.explain(model, inputs, targets))) for candidate in candidates]
-    if not candidates or not all(map(math.isfinite, scores)):
-        raise RequestError(f"tuning {explainer.name} needs a grid with finite scores, and got {scores}.")
-    return candidates[scores.index(max(scores))]

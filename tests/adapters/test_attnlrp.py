@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import adapters
 from adapters import rules
-from adapters.attnlrp import CPLRP, GRID, AttnLRP, tune
 from explainer_bench import RequestError
 
 from .conftest import build
@@ -241,23 +240,6 @@ def test_zero_activations_and_images_stay_finite() -> None:
 )
 def test_layers_without_a_rule_are_refused(name: str, changes: dict[str, Any], reason: str) -> None:
     assert reason in (adapters.get(name).supports(build(**changes)) or "")
-
-
-def test_tuning_takes_what_scores_best_and_the_first_of_equals() -> None:
-    model, inputs = prepared("plain")
-    grid = [{"gamma_linear": gamma} for gamma in (0.0, 1.0, 0.1)]
-    spreads = [float(CPLRP(**one).explain(model, inputs, TARGETS).std()) for one in grid]
-    best = tune(CPLRP, model, inputs, TARGETS, lambda maps: float(maps.std()), grid)
-    assert best.gamma_linear == grid[spreads.index(max(spreads))]["gamma_linear"]
-    assert tune(AttnLRP, model, inputs, TARGETS, lambda maps: 0.0, grid).gamma_linear == 0
-    assert len(GRID) == 15
-
-
-@pytest.mark.parametrize(("grid", "value"), [([], 0.0), ([{}], float("nan"))])
-def test_tuning_wants_scores(grid: list[dict[str, float]], value: float) -> None:
-    model, inputs = prepared("plain")
-    with pytest.raises(RequestError, match="finite scores"):
-        tune(AttnLRP, model, inputs, TARGETS, lambda maps: value, grid)
 
 
 def test_gammas_are_not_negative() -> None:
