@@ -244,7 +244,7 @@ def _checked(explainer: Explainer, maps: Tensor, inputs: Tensor) -> Tensor:
     return maps
 
 
-def predict(model: nn.Module, inputs: Tensor, batch_size: int = 64) -> Tensor:
+def predict(model: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int = 64) -> Tensor:
     """Return logits (N, K) without a graph; with one only for models that register backward hooks in their forward."""
     chunks = inputs.detach().split(batch_size)
     try:

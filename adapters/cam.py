@@ -348,8 +348,9 @@ class ScoreCAM(_Package):
 
     A channel becomes a mask by resizing it bilinearly to the image and scaling it to [0, 1]; the image is multiplied by
     it. The weights are the softmax over channels of the logits (the paper subtracts that of a baseline image, which
-    the softmax cancels). The rest, and the layer, are Grad-CAM's. It takes one forward pass per channel: 768 in a
-    ViT-B.
+    the softmax cancels). As they are positive, and the activations behind a LayerNorm of both signs, the sum may be
+    below 0 everywhere in a Vision Transformer, and the map empty. The rest, and the layer, are Grad-CAM's. It takes
+    one forward pass per channel: 768 in a ViT-B.
     """
 
     name = "scorecam"
@@ -396,5 +397,5 @@ class _Zeroed(AblationLayer):
         self.activations = copies
 
     def __call__(self, _: Tensor) -> Tensor:
-        """Return the copies."""
-        return self.activations
+        """Return the copies, in a graph for models that set hooks on it."""
+        return self.activations.requires_grad_(torch.is_grad_enabled())

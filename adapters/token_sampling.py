@@ -12,6 +12,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from torch import Tensor, nn
 
 from adapters import vit
+from adapters.base import predict
 from adapters.masking import ROWS, QueryExplainer, ask
 from adapters.recording import Recording
 
@@ -153,12 +154,15 @@ def logits_keeping(seen: Recording, kept: Tensor) -> Tensor:
     """
     transformer = vit.find(seen.model)
     tokens = seen.input(transformer.blocks[0])
+
+    def resumed(sequences: Tensor) -> Tensor:
+        images = seen.inputs.expand(len(sequences), -1, -1, -1)
+        return vit.resume(seen.model, images, transformer.blocks(sequences))
+
     logits = []
-    with torch.no_grad():
-        for rows in F.pad(kept, (transformer.num_prefix_tokens, 0), value=True).split(ROWS):
-            sequences = tokens.expand(len(rows), -1, -1)[rows].view(len(rows), -1, tokens.shape[-1])
-            images = seen.inputs.expand(len(rows), -1, -1, -1)
-            logits.append(vit.resume(seen.model, images, transformer.blocks(sequences)))
+    for rows in F.pad(kept, (transformer.num_prefix_tokens, 0), value=True).split(ROWS):
+        sequences = tokens.expand(len(rows), -1, -1)[rows].view(len(rows), -1, tokens.shape[-1])
+        logits.append(predict(resumed, sequences))
     return torch.cat(logits).cpu().double()
 
 
