@@ -79,7 +79,7 @@ def test_every_adapter_works_unmodified_in_quantus_evaluate(
         "Random Logit": quantus.RandomLogit(num_classes=4, disable_warnings=True),
     }
     usable = {name: method for name, method in methods().items() if accepted(method, GradientModel(hooked), batch)}
-    assert len(usable) >= len(methods()) - 3
+    assert len(usable) >= 0.85 * len(methods())
     with torch.no_grad():
         results = quantus.evaluate(
             metrics=instances,
