@@ -266,7 +266,7 @@ def _beyond_rules(model: nn.Module) -> str | None:
         kind = type(model.get_submodule(name))
         if kind not in _MODULES:
             return f"it has {kind.__name__}, for which captum's DeepLIFT has no rule"
-        if kind in SUPPORTED_NON_LINEAR and times > 9:
+        if kind in SUPPORTED_NON_LINEAR and times > 1:
             return f"it uses {name!r} {times} times, and captum's DeepLIFT takes a module that is used once"
     return None
 

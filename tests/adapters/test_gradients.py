@@ -91,6 +91,8 @@ def test_on_a_linear_model_expected_gradients_are_weights_times_the_distance_to_
     expected = ((image - middle) * model[1].weight[1].view_as(image)).sum(1)
     maps = adapters.get("expected_gradients[samples=4000]").explain(model, image, target)
     torch.testing.assert_close(maps, expected.float(), rtol=0, atol=0.01)
+    constant = torch.ones_like(image)  # its baselines are itself
+    assert not adapters.get("expected_gradients").explain(model, constant, target).any()
 
 
 def test_gradient_shap_without_noise_tends_to_integrated_gradients() -> None:
