@@ -65,8 +65,9 @@ def test_the_bare_model_cannot_run_without_gradients(hooked: VisionTransformer, 
 
 def accepted(method: Any, model: torch.nn.Module, batch: dict[str, np.ndarray]) -> bool:
     """Tell whether Quantus's own assertions let these maps pass: none constant, none without a positive value."""
-    maps = method(model, batch["x_batch"], batch["y_batch"], **{need: CONTEXT[need] for need in method.needs})
-    flat = maps.reshape(len(maps), -1)
+    context = {need: CONTEXT[need] for need in method.needs}
+    maps = np.stack([method(model, batch["x_batch"], np.full(3, target), **context) for target in range(4)])
+    flat = maps.reshape(12, -1)
     return bool(((flat.max(1) > flat.min(1)) & (flat.max(1) > 0)).all())
 
 
@@ -79,7 +80,7 @@ def test_every_adapter_works_unmodified_in_quantus_evaluate(
         "Random Logit": quantus.RandomLogit(num_classes=4, disable_warnings=True),
     }
     usable = {name: method for name, method in methods().items() if accepted(method, GradientModel(hooked), batch)}
-    assert len(usable) >= 0.85 * len(methods())
+    assert len(usable) >= 0.75 * len(methods())
     with torch.no_grad():
         results = quantus.evaluate(
             metrics=instances,
