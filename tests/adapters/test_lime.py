@@ -197,7 +197,8 @@ def test_coalitions_are_drawn_by_the_shapley_kernel(n_samples: int) -> None:
     assert (len(design), design[0].all(), design[1].any()) == (n_samples, True, False)
     if n_samples < 100:
         return
-    drawn = design[2:][: (n_samples - 2) // 2]  # the other half are their complements
+    drawn, complements = design[2:].chunk(2)
+    assert torch.equal(complements, ~drawn)
     chances = np.array([1 / (size * (5 - size) * math.comb(5, size)) for size in drawn.unique(dim=0).sum(1).tolist()])
     _, counts = drawn.unique(dim=0, return_counts=True)
     assert len(counts) == 30

@@ -8,7 +8,6 @@ from skimage.transform import resize
 from torch import Tensor, nn
 
 import adapters
-from adapters import conformance
 from adapters.masking import QueryExplainer, segment
 from adapters.state import seeded
 from explainer_bench import RequestError
@@ -121,7 +120,7 @@ def test_masks_show_the_share_p_and_are_drawn_in_several_batches() -> None:
 @pytest.mark.parametrize("name", QUERIES)
 def test_targets_of_an_image_share_its_queries_and_keep_their_maps(name: str) -> None:
     explainer = adapters.get(f"{name}[{adapters.registry.find(name).quick}]")
-    model, images = conformance.build("vit").double(), blotches(32, 32)
+    model, images = build().double(), blotches(32, 32)
     images = torch.cat([images, images, images.flip(3)])
     asked: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
