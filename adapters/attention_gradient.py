@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from adapters import vit
-from adapters.base import Explainer
+from adapters.base import Explainer, min_max
 from adapters.recording import Recording
 
 _NO_LICENCE = "the authors' code has no licence file; written from the definition"
@@ -23,12 +23,6 @@ def _flow(state: Tensor, matrices: Iterable[Tensor]) -> Tensor:
     for matrix in matrices:
         state = state + state @ matrix
     return state
-
-
-def _min_max(maps: Tensor) -> Tensor:
-    """Scale each of (N, h, w) maps to [0, 1]; a constant one becomes 0."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
 class _AttentionGradient(vit.ViTExplainer):
@@ -85,7 +79,7 @@ class GradCAMAttention(_AttentionGradient):
         readout = vit.readout(seen.model, seen.output(last))
         attention, gradient = readout @ seen.output(last), readout @ seen.gradient(last)
         weights = gradient[..., vit.find(seen.model).num_prefix_tokens :].mean(-1, keepdim=True)
-        return _min_max(vit.to_grid(seen, (weights * attention).mean(1).clamp(min=0)))
+        return min_max(vit.to_grid(seen, (weights * attention).mean(1).clamp(min=0)))
 
 
 class LeGrad(_AttentionGradient):
@@ -120,7 +114,7 @@ class LeGrad(_AttentionGradient):
     def read(self, seen: Recording) -> Tensor:
         """Return (N, h, w) maps in [0, 1]."""
         blocks = vit.find(seen.model).blocks[self.start_layer :]
-        return _min_max(vit.to_grid(seen, torch.stack([self._block(seen, block) for block in blocks]).sum(0)))
+        return min_max(vit.to_grid(seen, torch.stack([self._block(seen, block) for block in blocks]).sum(0)))
 
     def _block(self, seen: Recording, block: Block) -> Tensor:
         tokens = seen.differentiable(block)

@@ -42,7 +42,7 @@ class Explainer(Component):
     signed: ClassVar[bool] = False  # negative values are evidence against the target
     class_discriminative: ClassVar[bool] = True  # False: the map does not depend on the target
     stochastic: ClassVar[bool] = False
-    shares_draws: ClassVar[bool] = False  # stochastic, and explains several targets of one image from the same draws
+    shares_draws: ClassVar[bool] = False  # explains several targets of one image from the same draws or queries
     trivial: ClassVar[bool] = False  # a row that every explainer should beat
     needs: ClassVar[tuple[str, ...]] = ()  # names from CONTEXT that `attribute` takes as keywords
     upsampling: ClassVar[str] = "nearest"  # or "bilinear", where the method's definition says so
@@ -242,6 +242,12 @@ def _checked(explainer: Explainer, maps: Tensor, inputs: Tensor) -> Tensor:
     if bad := int((~maps.isfinite()).flatten(1).any(1).sum()):
         raise ExplanationError(f"{name} returned NaN or infinite values in {bad} of {len(maps)} maps")
     return maps
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Scale each of (N, h, w) maps to [0, 1]; a constant one becomes 0."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
 def predict(model: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int = 64) -> Tensor:

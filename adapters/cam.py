@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from adapters import vit
-from adapters.base import Explainer
+from adapters.base import Explainer, min_max
 from adapters.recording import Recording, SinglePass
 from adapters.state import preserved
 from explainer_bench import RequestError
@@ -129,11 +129,9 @@ def _spatial(model: nn.Module, images: Tensor, values: Tensor) -> Tensor:
     raise RequestError(f"the layer's output {tuple(values.shape)} has no map in it: name another, layer=NAME.")
 
 
-def _scaled(maps: Tensor) -> Tensor:
-    """Clip (N, h, w) maps at 0 and scale each to [0, 1]; a constant one becomes 0."""
-    maps = maps.clamp(min=0)
-    maps = maps - maps.amin((1, 2), keepdim=True)
-    return maps / maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+def _clipped(maps: Tensor) -> Tensor:
+    """Clip (N, h, w) maps at 0 and scale each to [0, 1]."""
+    return min_max(maps.clamp(min=0))
 
 
 class _SinglePassCAM(_OfLayer, SinglePass):
@@ -154,7 +152,7 @@ class _SinglePassCAM(_OfLayer, SinglePass):
         layer = self.target(seen.model)
         activations = _spatial(seen.model, seen.inputs, seen.output(layer))
         gradients = _spatial(seen.model, seen.inputs, seen.gradient(layer))
-        return _scaled((self.weights(activations, gradients) * activations).sum(1))
+        return _clipped((self.weights(activations, gradients) * activations).sum(1))
 
 
 class GradCAM(_SinglePassCAM):
@@ -278,7 +276,7 @@ class EigenCAM(_OfLayer, SinglePass):
     def read(self, seen: Recording) -> Tensor:
         """Return (N, h, w) maps in [0, 1]."""
         maps = _spatial(seen.model, seen.inputs, seen.output(self.target(seen.model)))
-        return _scaled(_component(maps, self.sign, lambda found: found.amax((1, 2)) + found.amin((1, 2))))
+        return _clipped(_component(maps, self.sign, lambda found: found.amax((1, 2)) + found.amin((1, 2))))
 
 
 class GradCAMEigenAug(_OfLayer):
@@ -316,8 +314,8 @@ class GradCAMEigenAug(_OfLayer):
         weights = _spatial(model, images, seen.gradient(layer)).mean((2, 3), keepdim=True)
         weighted = weights * _spatial(model, images, seen.output(layer))
         total = weighted.sum(1).double().cpu()
-        native = _scaled(_component(weighted, self.sign, lambda found: (found * total).sum((1, 2))))
-        return _scaled(self.upsample(native, (images.shape[-2], images.shape[-1])))
+        native = _clipped(_component(weighted, self.sign, lambda found: (found * total).sum((1, 2))))
+        return _clipped(self.upsample(native, (images.shape[-2], images.shape[-1])))
 
 
 class _Package(_OfLayer):

@@ -12,7 +12,8 @@ from skimage.segmentation import quickshift
 from sklearn.linear_model import LinearRegression, Ridge
 from torch import Tensor, nn
 
-from adapters.masking import ROWS, QueryExplainer, ask, patch_size, segment
+from adapters import vit
+from adapters.masking import ROWS, QueryExplainer, ask, segment
 
 
 class _Surrogate(QueryExplainer):
@@ -99,7 +100,7 @@ class _OnPatches(_Surrogate):
 
     def segment(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the number of each pixel's patch, in raster order."""
-        sides = zip(image.shape[1:], patch_size(model), strict=True)
+        sides = zip(image.shape[1:], vit.patch_size(model), strict=True)
         rows, columns = (torch.arange(side, device=image.device) // size for side, size in sides)
         return rows[:, None] * (columns[-1] + 1) + columns
 

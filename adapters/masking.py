@@ -92,7 +92,7 @@ class Occlusion(_Ablation):
         return total / torch.outer(rows.sum(0), columns.sum(0))
 
     def _window(self, model: nn.Module) -> tuple[int, int]:
-        return (self.window, self.window) if self.window else patch_size(model)
+        return (self.window, self.window) if self.window else vit.patch_size(model)
 
 
 class FeatureAblation(_Ablation):
@@ -188,11 +188,6 @@ def ask(model: nn.Module, batches: Iterable[Tensor], targets: Tensor, probabilit
     """
     logits = torch.cat([predict(model, batch) for batch in batches]).cpu().double()
     return (logits.softmax(1) if probability else logits)[:, targets.cpu()]
-
-
-def patch_size(model: nn.Module) -> tuple[int, int]:
-    """Return height and width, in pixels, of the model's patches; 16 x 16 where it has none."""
-    return tuple(vit.find(model).patch_embed.patch_size) if vit.unsupported(model) is None else (16, 16)
 
 
 def segment(image: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from torch import Tensor, nn
 
 from adapters import vit
-from adapters.base import predict
+from adapters.base import min_max, predict
 from adapters.masking import ROWS, QueryExplainer, ask
 from adapters.recording import Recording
 
@@ -119,7 +119,7 @@ class ViTCX(_ViTQueries):
         image, norm = inputs[0].detach(), vit.find(model).blocks[-1].norm1
         seen = Recording(model, inputs[:1], targets[:1], [norm])
         maps = _channels(seen, norm).float().unflatten(1, vit.token_grid(model, inputs))
-        masks = self._merged(_scaled(F.interpolate(maps[:, None], image.shape[1:], mode="bilinear")[:, 0]))
+        masks = self._merged(min_max(F.interpolate(maps[:, None], image.shape[1:], mode="bilinear")[:, 0]))
         scores = torch.cat([_causal_scores(model, image, rows, targets) for rows in masks.split(ROWS)])
         scores += ask(model, [image[None]], targets, probability=True)
         weighted = torch.tensordot(scores.to(masks), masks, ([0], [0]))
@@ -134,7 +134,7 @@ class ViTCX(_ViTQueries):
             n_clusters=None, distance_threshold=self.distance, metric="precomputed", linkage="complete"
         )
         labels = torch.from_numpy(clustering.fit(distances).labels_).to(masks.device)
-        return _scaled(masks.new_zeros(int(labels.max()) + 1, *masks.shape[1:]).index_add_(0, labels, masks))
+        return min_max(masks.new_zeros(int(labels.max()) + 1, *masks.shape[1:]).index_add_(0, labels, masks))
 
 
 def logits_keeping(seen: Recording, kept: Tensor) -> Tensor:
@@ -169,12 +169,6 @@ def logits_keeping(seen: Recording, kept: Tensor) -> Tensor:
 def _channels(seen: Recording, module: nn.Module) -> Tensor:
     """Return what a module returned for the patch tokens of one image, (channels, patch tokens)."""
     return seen.output(module)[0, vit.find(seen.model).num_prefix_tokens :].T
-
-
-def _scaled(maps: Tensor) -> Tensor:
-    """Scale each of the (N, H, W) maps to [0, 1]."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=1e-12)
 
 
 def _causal_scores(model: nn.Module, image: Tensor, masks: Tensor, targets: Tensor) -> Tensor:

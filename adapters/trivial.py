@@ -40,9 +40,8 @@ class RandomToken(_Trivial):
 
     def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
         """Return (N, h, w) in [0, 1)."""
-        has_tokens = vit.unsupported(model) is None
-        grid = vit.token_grid(model, inputs) if has_tokens else tuple(-(-side // 16) for side in inputs.shape[-2:])
-        return torch.rand(len(inputs), *grid)
+        rows, columns = (-(-side // size) for side, size in zip(inputs.shape[-2:], vit.patch_size(model), strict=True))
+        return torch.rand(len(inputs), rows, columns)
 
 
 class CenterGaussian(_Trivial):

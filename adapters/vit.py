@@ -46,6 +46,11 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     return [block.attn.attn_drop for block in find(model).blocks]
 
 
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Return height and width, in pixels, of the model's patches; 16 x 16 where it has none."""
+    return tuple(find(model).patch_embed.patch_size) if unsupported(model) is None else (16, 16)
+
+
 def token_grid(model: nn.Module, inputs: Tensor) -> tuple[int, int]:
     """Return rows and columns of patch tokens for these inputs."""
     height, width = find(model).patch_embed.patch_size

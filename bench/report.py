@@ -253,7 +253,7 @@ def _pictures(store: Store) -> Iterator[dict[str, Any]]:
 
 def write_manifest(run: Run, seconds: float) -> None:
     """Write ``manifest.json``: what was asked, of what, with what, on what, and what it cost."""
-    packages = ("torch", "torchvision", "timm", "quantus", "captum", "lime", "grad-cam", "numpy", "pandas", "scipy")
+    packages = ("torch", "torchvision", "timm", "quantus", "captum", "zennit", "grad-cam", "numpy", "pandas", "scipy")
     run.store.write_json(
         "manifest.json",
         {

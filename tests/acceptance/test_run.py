@@ -180,7 +180,8 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(
 def test_scores_do_not_depend_on_the_batch_size(checkpoint: Path, tmp_path: Path) -> None:
     from bench import api, report, suite
 
-    explainers = [f"{name}[num_samples=20]" if name == "lime" else name for name in adapters.registry.names()]
+    listed = suite.load("quickstart").explainers
+    explainers = [f"{name}[{adapters.registry.find(name).quick}]".replace("[]", "") for name in listed]
     chosen = suite.load(
         "quickstart", models=[str(checkpoint)], explainers=explainers, metrics=metrics.registry.names(), samples=4
     )

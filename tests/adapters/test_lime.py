@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import adapters
 from adapters.base import Explainer
-from adapters.masking import patch_size, segment
+from adapters.masking import segment
+from adapters.vit import patch_size
 from adapters.state import seeded
 from tests.adapters.conftest import build
 
