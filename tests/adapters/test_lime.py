@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import adapters
 from adapters.base import Explainer
 from adapters.masking import segment
-from adapters.vit import patch_size
 from adapters.state import seeded
+from adapters.vit import patch_size
 from tests.adapters.conftest import build
 
 TARGETS = [1, 3]
