@@ -157,6 +157,7 @@ def tune(
         )
     if result.report:
         _print_boards(result.report)
+        out.print(f"Boards: {folder / 'leaderboards'}", soft_wrap=True)
     _fail(result.failures)
 
 

@@ -48,18 +48,41 @@ def test_the_vision_transformer_method_to_add(tmp_path):
     assert shareable(explainer)
 
 
-def test_the_commands_of_adding_an_explainer(tmp_path, monkeypatch):
-    example(tmp_path, HOW_TO, "squared_gradient").rename(tmp_path / "mine.py")
-    monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"```bash\n(.*?)```", (HOUSE / HOW_TO).read_text(), re.DOTALL)
-    assert len(commands) == 2
+def follow(document, monkeypatch):
+    """Run the commands of a document, and return how many there were."""
+    commands = re.findall(r"```bash\n(.*?)```", (HOUSE / document).read_text(), re.DOTALL)
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert not stop.value.code, command
+    return len(commands)
+
+
+def test_the_commands_of_adding_an_explainer(tmp_path, monkeypatch):
+    example(tmp_path, HOW_TO, "squared_gradient").rename(tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    assert follow(HOW_TO, monkeypatch) == 2
     board = pd.read_csv("runs/mine/leaderboards/digits.csv").set_index("explainer")
     assert board.loc["squared_gradient", "rank_low"] >= 1
+
+
+def test_the_commands_of_choosing_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert follow("docs/how-to/choose-parameters.md", monkeypatch) == 2
+    (board,) = [path for path in Path("runs/tune/leaderboards").glob("*.csv") if ".long" not in path.name]
+    assert len(pd.read_csv(board)) == 6
+
+
+def test_the_examples_of_other_models(capsys):
+    pytest.importorskip("transformers", reason="needs Hugging Face's transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (HOUSE / "docs/how-to/explain-other-models.md").read_text(), re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert capsys.readouterr().out == "it holds 0 timm VisionTransformers, not one\nNone\n"
+    assert names["maps"].shape == (2, 1, 224, 224)
+    assert len(names["several"]) == 5
 
 
 def test_the_cards_are_those_of_the_sources(monkeypatch):
