@@ -21,8 +21,10 @@ class ViTExplainer(SinglePass):
 def unsupported(model: nn.Module) -> str | None:
     """Return why `model` has no Vision Transformer that can be looked into, or None."""
     found = [m for m in model.modules() if isinstance(m, VisionTransformer)]
-    if len(found) != 1:
-        return f"it holds {len(found)} timm VisionTransformers, not one"
+    if not found:
+        return "it has no timm VisionTransformer"
+    if len(found) > 1:
+        return f"it has {len(found)} timm VisionTransformers, not one"
     if not all(isinstance(block, Block) and isinstance(block.attn, Attention) for block in found[0].blocks):
         return "its blocks are not timm's plain Block with plain Attention"
     if found[0].attn_pool is not None or found[0].global_pool not in ("token", "avg"):

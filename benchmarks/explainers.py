@@ -127,8 +127,8 @@ def measure(bench: Bench, spec: str, repeats: int) -> dict[str, object]:
     if not slow:
         bench.explain(explainer, n)
     found = bench.equivalents(lambda: bench.explain(explainer, n), n, repeats)
-    row = {"explainer": spec, "images": n, "repeats": repeats, "passes": explainer.cost}
-    row |= {"FE": statistics.median(found), "least": min(found), "most": max(found)}
+    row = {"explainer": spec, "images": n, "repeats": repeats, "passes": f"{explainer.cost:.4g}"}
+    row |= {"FE": f"{statistics.median(found):.2f}", "least": f"{min(found):.2f}", "most": f"{max(found):.2f}"}
     if slow:
         with inside(bench) as spent:
             whole = bench.seconds(lambda: bench.explain(explainer, n))
@@ -165,14 +165,18 @@ def peak(model: str, device: str, spec: str) -> str:
 
 
 def once(bench: Bench, spec: str) -> None:
-    """Explain one batch, with the explainer's quick parameters where it only repeats itself, and print the memory."""
+    """Explain a batch, or one image where they are explained one by one, and print the memory.
+
+    Where an explainer only repeats itself, its quick parameters do.
+    """
     explainer = adapters.get(spec)
     if explainer.cost >= SLOW and explainer.quick and "[" not in spec:
         explainer = adapters.get(f"{spec}[{explainer.quick}]")
     if reason := explainer.supports(bench.model):
         print(reason)
         return
-    bench.explain(explainer, BATCH)
+    alone = explainer.stochastic or explainer.batch_size == 1
+    bench.explain(explainer, 1 if alone else BATCH)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if bench.device.type == "cuda":
         used = torch.cuda.max_memory_allocated(bench.device) / 2**30
@@ -209,8 +213,7 @@ def main(
     for spec in specs:
         rows.append(measure(bench, spec, repeats))
         print(rows[-1], file=sys.stderr, flush=True)
-    table = pd.DataFrame(rows)
-    print(table.to_markdown(index=False, floatfmt=".2f"))
+    print(pd.DataFrame(rows, dtype=object).fillna("").to_markdown(index=False, disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_the_examples_of_other_models(capsys):
     names: dict = {}
     for block in blocks:
         exec(block, names)
-    assert capsys.readouterr().out == "it holds 0 timm VisionTransformers, not one\nNone\n"
+    assert capsys.readouterr().out == "it has no timm VisionTransformer\nNone\n"
     assert names["maps"].shape == (2, 1, 224, 224)
     assert len(names["several"]) == 5
 
