@@ -235,13 +235,23 @@ class Registry(Generic[T]):
         return self.classes[name]
 
     def _find_in_file(self, path: Path, class_name: str) -> type[T]:
-        found = self._in_module(load_file(path))
+        module = load_file(path)
+        found = self._in_module(module)
         if class_name:
             found = [cls for cls in found if cls.__name__ == class_name]
-        if len(found) != 1:
-            names = ", ".join(cls.__name__ for cls in found) or "none"
-            raise RequestError(f"{path} holds {names} of kind {self.kind}: name one as {path}:Class.")
-        return found[0]
+        if len(found) == 1:
+            return found[0]
+        classes: list[Any] = [
+            c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__
+        ]
+        nameless = [c.__name__ for c in classes if issubclass(c, self.base) and not c.name]
+        if nameless and (class_name in nameless or not self._in_module(module)):
+            raise RequestError(f"{path}: class {nameless[0]} states no `name`.")
+        names = ", ".join(c.__name__ for c in self._in_module(module))
+        if not names:
+            base = f"{self.base.__module__}.{self.base.__name__}"
+            raise RequestError(f"{path} holds no {self.kind}: inherit from {base}.")
+        raise RequestError(f"{path} holds {names} of kind {self.kind}: name one as {path}:Class.")
 
     def get(self, spec: str, **params: Any) -> T:
         """Build a component from ``name``, ``name[param=value,...]`` or ``FILE.py:Class``.

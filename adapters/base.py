@@ -91,7 +91,7 @@ class Explainer(Component):
         Tensor
             (N, H, W), or (N, h, w) on the model's own token grid.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `attribute`")
 
     def explain(self, model: nn.Module, inputs: Any, targets: Any, *, seed: int = 0, **context: Any) -> Tensor:
         """Return the maps on their native grid, (N, h, w) float32 on the CPU.
@@ -129,9 +129,10 @@ class Explainer(Component):
         """Explain as Quantus's `explain_func` does: arrays in, (N, 1, H, W) float32 array out."""
         kwargs = {k: v for k, v in kwargs.items() if k not in _QUANTUS_EXTRAS}
         if unknown := set(kwargs) - {"seed", *CONTEXT}:
-            raise TypeError(f"{self.name} got unexpected arguments {sorted(unknown)}")
+            given = f"{self.name} got unexpected arguments {sorted(unknown)}"
+            raise TypeError(f"{given}: parameters go to adapters.get({self.name!r}, ...)")
         native = self.explain(model, inputs, targets, **kwargs)
-        return self.upsample(native, tuple(inputs.shape[-2:]))[:, None].numpy()
+        return self.upsample(native, tuple(np.shape(inputs)[-2:]))[:, None].numpy()
 
     def upsample(self, native: Tensor, size: tuple[int, int]) -> Tensor:
         """Bring (N, h, w) maps to (N, H, W) by the explainer's `upsampling`."""
@@ -167,8 +168,12 @@ def explain_all(
             if dtype in _HALF:
                 with torch.inference_mode(False):  # tensors made there would not be counted when they are changed
                     model, dtype = copy.deepcopy(model).float(), torch.float32
-        stack.enter_context(preserved(model))
+        stack.enter_context(preserved(model, explainers[0].name))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph runs past the hooks
         model.eval().requires_grad_(False)
+        for module in model.modules():
+            if getattr(module, "grad_checkpointing", False):  # which would run every hook twice
+                module.grad_checkpointing = False  # type: ignore[assignment]
         inputs = torch.as_tensor(np.ascontiguousarray(inputs) if isinstance(inputs, np.ndarray) else inputs)
         batch = _Batch(explainers, attribute, model, inputs.to(device, dtype), targets, **options)
         chunks = [batch.explain(rows) for rows in batch.chunks()]
@@ -195,9 +200,15 @@ class _Batch:
     ) -> None:
         self.explainers, self.attribute, self.model, self.inputs, self.seed = explainers, attribute, model, inputs, seed
         self.targets = torch.as_tensor(targets, device=inputs.device).long()
+        shaped = inputs.ndim == 4 and len(inputs) and self.targets.shape == inputs.shape[:1]
+        if not shaped or (self.targets < 0).any():
+            given = f"{tuple(inputs.shape)} and targets {tuple(self.targets.shape)}"
+            raise RequestError(f"inputs {given}: give images (N, C, H, W), at least one, and for each a class from 0.")
         self.context = {name: self._given(name, context.get(name)) for e in explainers for name in e.needs}
 
     def _given(self, name: str, value: Any) -> Tensor:
+        if name not in CONTEXT:
+            raise RequestError(f"{self.explainers[0].name} needs {name!r}: known are {', '.join(CONTEXT)}.")
         if value is None:
             raise RequestError(f"{self.explainers[0].name} needs {name!r}: pass it as a keyword, {CONTEXT[name]}.")
         value = torch.as_tensor(value, dtype=self.inputs.dtype, device=self.inputs.device)
@@ -234,8 +245,8 @@ def _checked(explainer: Explainer, maps: Tensor, inputs: Tensor) -> Tensor:
     if explainer.upsampling not in ("nearest", "bilinear"):
         raise ExplanationError(f"{name} states the upsampling {explainer.upsampling!r}, not nearest or bilinear")
     if not isinstance(maps, Tensor) or maps.ndim != 3 or len(maps) != len(inputs):
-        shape = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-        raise ExplanationError(f"{name} returned {shape}, not ({len(inputs)}, height, width)")
+        what = tuple(maps.shape) if isinstance(maps, Tensor) else f"a {type(maps).__module__}.{type(maps).__name__}"
+        raise ExplanationError(f"{name} returned {what}, not a torch tensor ({len(inputs)}, height, width)")
     if 0 in maps.shape or any(native > full for native, full in zip(maps.shape[1:], inputs.shape[2:], strict=True)):
         raise ExplanationError(f"{name} returned {tuple(maps.shape)}: empty, or larger than the image")
     maps = maps.detach().float().cpu()
@@ -250,6 +261,15 @@ def min_max(maps: Tensor) -> Tensor:
     return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
+def check_targets(targets: Tensor, logits: Tensor) -> None:
+    """Raise a RequestError if these are no logits (N, K), or one of the targets is no class of them."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise RequestError(f"the model returns {what}, not logits (N, K); a Hugging Face ViT goes through `as_timm`.")
+    if int(targets.max()) >= logits.shape[1]:
+        raise RequestError(f"target {int(targets.max())} is no class: there are {logits.shape[1]}, counted from 0.")
+
+
 def predict(model: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int = 64) -> Tensor:
     """Return logits (N, K) without a graph; with one only for models that register backward hooks in their forward."""
     chunks = inputs.detach().split(batch_size)
@@ -257,6 +277,8 @@ def predict(model: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int =
         with torch.no_grad():
             return torch.cat([model(chunk) for chunk in chunks])
     except RuntimeError as error:
+        if out_of_memory(error) and (rows := min(batch_size, len(inputs))) > 1:
+            return predict(model, inputs, rows // 2)
         if "doesn't require gradient" not in str(error):
             raise
     with torch.enable_grad():

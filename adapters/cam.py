@@ -72,7 +72,7 @@ def last_map(model: nn.Module) -> str:
     if model not in _last_maps:
         try:
             shapes = _returned(model)
-        except (RuntimeError, ValueError, AssertionError, StopIteration):  # it takes other images, or none
+        except (RuntimeError, ValueError, AssertionError, TypeError, StopIteration):  # it takes something else
             shapes = []
         _last_maps[model] = _pooled(shapes, _channels_last(model))
     return _last_maps[model]
@@ -120,7 +120,7 @@ def _channels_last(model: nn.Module) -> bool:
 
 def _spatial(model: nn.Module, images: Tensor, values: Tensor) -> Tensor:
     """Return what a layer put out, tokens or maps, or the gradient there, as (N, C, h, w)."""
-    if values.ndim == 4:
+    if values.ndim == 4 and values[0].numel() > values.shape[-1 if _channels_last(model) else 1]:
         return values.movedim(-1, 1) if _channels_last(model) else values
     if values.ndim == 3 and vit.unsupported(model) is None:
         grid, prefix = vit.token_grid(model, images), vit.find(model).num_prefix_tokens

@@ -7,6 +7,7 @@ checked is how an explainer behaves, not how good it is.
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from adapters.base import CONTEXT, Explainer
-from explainer_bench import RequestError
+from explainer_bench import Component, RequestError
 
 _CLASSES = 5
 _VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": _CLASSES, "patch_size": 16}
@@ -34,6 +35,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit_distilled": lambda: VisionTransformerDistilled(**_VIT, img_size=64),
     "resnet": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=_CLASSES, channels=(8, 8, 16, 16)),
 }
+_CONSTANTS = [*Component.__annotations__, *Explainer.__annotations__]
 SIZES = dict.fromkeys(MODELS, (64, 64)) | {"vit_registers": (48, 80), "resnet": (96, 96)}
 
 
@@ -98,6 +100,12 @@ def states_facts(case: Case) -> str:
         facts["reference"] = explainer.reference
     if missing := [fact for fact, value in facts.items() if not value]:
         return f"it states no {' and no '.join(missing)}"
+    stated = [name for name, value in vars(type(explainer)).items() if isinstance(value, (bool, int, float, str))]
+    near = {name: difflib.get_close_matches(name, _CONSTANTS, cutoff=0.85) for name in stated}
+    if typos := [f"{name!r}: did you mean {known[0]!r}" for name, known in near.items() if known and known[0] != name]:
+        return f"it states {typos[0]}?"
+    if isinstance(explainer.needs, str):
+        return f"`needs` is a string: write ({explainer.needs!r},)"
     unknown = set(explainer.needs) - set(CONTEXT)
     return (
         f"`needs` holds {sorted(unknown)}, of which nothing is known: choose from {sorted(CONTEXT)}" if unknown else ""
@@ -132,7 +140,7 @@ def is_seeded(case: Case) -> str:
     if not np.array_equal(again, case.maps):
         return "asked twice with the same seed, it returns two different maps"
     if case.explainer.stochastic == np.array_equal(other, case.maps):
-        return f"it says stochastic={case.explainer.stochastic}, but another seed shows the opposite"
+        return f"it says stochastic={case.explainer.stochastic}, but another seed shows the opposite: state it"
     return ""
 
 
@@ -223,8 +231,8 @@ def refuses_clearly(case: Case) -> str:
 
 
 CHECKS = (
-    states_facts,
     returns_maps,
+    states_facts,
     ignores_company,
     is_seeded,
     knows_its_target,
@@ -271,7 +279,10 @@ def check(explainer: Explainer, models: tuple[str, ...] = tuple(MODELS)) -> Iter
             line = refuses_clearly(case)
             yield Finding(name, "refuses_clearly", "broken" if line else "refused", line or reason)
             continue
-        yield from (_apply(name, function, case) for function in CHECKS)
+        for function in CHECKS:
+            yield (finding := _apply(name, function, case))
+            if function is returns_maps and finding.verdict == "broken":
+                break  # all others would fail for the same reason
 
 
 def _apply(name: str, function: Callable[[Case], str], case: Case) -> Finding:

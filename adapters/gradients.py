@@ -17,12 +17,28 @@ from adapters.base import Explainer
 from adapters.recording import Recording, SinglePass
 
 _ROWS = 16  # images at a time in a forward and backward pass: 3 GB in all with a ViT-B
-_MODULES = (
+_LINEAR = (
     *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
-    *(nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, *SUPPORTED_NON_LINEAR),
+    *(nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d),
 )
-_FUNCTIONS = {"relu", "relu_", "elu", "gelu", "silu", "hardswish", "leaky_relu", "sigmoid", "tanh", "softmax"}
-_FUNCTIONS |= {"layer_norm", "group_norm", "max_pool2d", "adaptive_max_pool2d", "scaled_dot_product_attention"}
+_EXACT = {  # functions whose gradient is their exact share of a difference; products are, of a gate held constant
+    *("add", "iadd", "add_", "sub", "cat", "concat", "mul", "imul", "mul_", "mean", "sum", "avg_pool2d"),
+    *("adaptive_avg_pool2d", "flatten", "view", "reshape", "squeeze", "unsqueeze", "expand", "expand_as", "permute"),
+    *(
+        "transpose",
+        "contiguous",
+        "getitem",
+        "chunk",
+        "split",
+        "size",
+        "getattr",
+        "eq",
+        "_assert",
+        "batch_norm",
+        "pad",
+        "dropout",
+    ),
+}
 
 
 class _Gradient(SinglePass):
@@ -254,28 +270,33 @@ class DeepLIFT(_Captum):
         return captum.attr.DeepLift(model).attribute(images, target=targets)
 
 
-def _beyond_rules(model: nn.Module) -> str | None:
+def _beyond_rules(model: nn.Module, activations: tuple[type, ...] = tuple(SUPPORTED_NON_LINEAR)) -> str | None:
+    """Return what in `model` is no module of a kind that is linear or one of `activations`, used once, or None."""
     try:
-        nodes = fx.Tracer().trace(model).nodes
+        nodes = list(fx.Tracer().trace(model).nodes)
     except Exception as error:  # whatever its forward raises when traced
         return f"torch.fx cannot follow its forward ({str(error).splitlines()[0]})"
-    called = {getattr(node.target, "__name__", node.target) for node in nodes if node.op != "call_module"}
-    if found := sorted(called & _FUNCTIONS):
-        return f"it calls {found[0]} as a function, where captum's DeepLIFT cannot apply a rule"
-    for name, times in Counter(str(node.target) for node in nodes if node.op == "call_module").items():
-        kind = type(model.get_submodule(name))
-        if kind not in _MODULES:
-            return f"it has {kind.__name__}, for which captum's DeepLIFT has no rule"
-        if kind in SUPPORTED_NON_LINEAR and times > 1:
-            return f"it uses {name!r} {times} times, and captum's DeepLIFT takes a module that is used once"
+    called = {getattr(n.target, "__name__", n.target) for n in nodes if n.op in ("call_function", "call_method")}
+    if found := sorted(called - _EXACT):
+        return f"it calls {found[0]} as a function, where captum cannot apply a rule"
+    uses = Counter(str(node.target) for node in nodes if node.op == "call_module")
+    for node in (node for node in nodes if node.op == "call_module"):
+        name, kind = str(node.target), type(model.get_submodule(str(node.target)))
+        if kind not in (*_LINEAR, *activations):
+            return f"it has {kind.__name__}, for which captum has no rule"
+        if kind in activations and uses[name] > 1:
+            return f"it uses {name!r} {uses[name]} times, and captum takes a module that is used once"
+        if kind in activations and len(node.all_input_nodes[0].users) > 1:
+            return f"what {name!r} receives is read elsewhere, too, whose gradient captum would change as well"
     return None
 
 
 class GuidedBackprop(_Captum):
     """Guided backpropagation: the gradient, of which every ReLU passes on what is positive, summed over the channels.
 
-    Only ReLUs that are modules are guided. Without one it would be the gradient itself, so such models are refused.
-    It resembles an edge detector and depends little on the class (Adebayo et al., 2018).
+    Only ReLUs that are modules of their own are guided, so models with other activations, or with ReLUs that are called
+    as functions or used twice, are refused. It resembles an edge detector and depends little on the class (Adebayo et
+    al., 2018).
     """
 
     name = "guided_backprop"
@@ -283,9 +304,10 @@ class GuidedBackprop(_Captum):
     passes = 2
 
     def supports(self, model: nn.Module) -> str | None:
-        """Return that `model` has no ReLU, or None."""
-        found = any(isinstance(module, nn.ReLU) for module in model.modules())
-        return None if found else "it has no nn.ReLU, without which guided backpropagation is the plain gradient"
+        """Return that `model` has no ReLU, or other activations, or None."""
+        if not any(isinstance(module, nn.ReLU) for module in model.modules()):
+            return "it has no nn.ReLU, without which guided backpropagation is the plain gradient"
+        return _beyond_rules(model, (nn.ReLU, nn.MaxPool2d))
 
     def scores(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Return signed scores."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapters import vit
 from adapters.masking import ROWS, QueryExplainer, ask, segment
+from explainer_bench import RequestError
 
 
 class _Surrogate(QueryExplainer):
@@ -156,10 +157,11 @@ class KernelShap(_OnPatches):
 
     The players are the patches (squares of 16 x 16 pixels for a model without patch tokens); an absent one is 0 in the
     normalised image, the mean colour of the data that the model's normalisation was computed on. The values are the
-    weights of a linear regression on `n_samples` coalitions whose sizes ``k`` of ``M`` players are drawn with
-    probability proportional to ``1 / (k (M - k))``. The full and the empty image count 1,000,000 times as much, so that
-    the values sum to what the logits of the two differ by. Sampling and fit are captum's `KernelShap`; but each
-    coalition comes with its complement, which shap does, too, and which makes the estimate less noisy.
+    weights of a linear regression on `n_samples` coalitions (by default 1000, or 4 per player where that is more),
+    whose sizes ``k`` of ``M`` players are drawn with probability proportional to ``1 / (k (M - k))``. The full and the
+    empty image count 1,000,000 times as much, so that the values sum to what the logits of the two differ by. Sampling
+    and fit are captum's `KernelShap`; but each coalition comes with its complement, which shap does, too, and which
+    makes the estimate less noisy where players interact; it needs twice as many coalitions as players.
     """
 
     name = "kernel_shap"
@@ -167,21 +169,23 @@ class KernelShap(_OnPatches):
     regressor = LinearRegression
     reference = "Lundberg and Lee, A unified approach to interpreting model predictions, NeurIPS 2017"
     quick = "n_samples=12"
-    n_samples: Annotated[int, Field(ge=4)] = 1000
+    n_samples: Annotated[int, Field(ge=4)] | None = None
 
     @property
     def cost(self) -> float:
         """One forward pass per coalition."""
-        return self.n_samples
+        return self.n_samples or 1000
 
     def sample(self, features: int) -> Tensor:
         """Draw coalitions after the full and the empty one."""
-        sizes = torch.arange(1, features)
+        if features < 2:
+            raise RequestError(f"{self.name} shares the logit out among patches, and this image has one only.")
+        count, sizes = self.n_samples or max(1000, 4 * features), torch.arange(1, features)
         chances = 1 / (sizes * (features - sizes))
-        drawn = sizes[chances.multinomial((self.n_samples - 1) // 2, replacement=True)]
+        drawn = sizes[chances.multinomial((count - 1) // 2, replacement=True)]
         shown = torch.rand(len(drawn), features).argsort(1).argsort(1) < drawn[:, None]
         ends = torch.tensor([[True], [False]]).expand(2, features)
-        return torch.cat([ends, shown, ~shown])[: self.n_samples]
+        return torch.cat([ends, shown, ~shown])[:count]
 
     def importance(self, design: Tensor) -> Tensor:
         """Hold the fit to the full and the empty image."""

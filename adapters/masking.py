@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from adapters import vit
-from adapters.base import Explainer, predict
+from adapters.base import Explainer, check_targets, predict
 from adapters.superpixels import superpixels
 
 ROWS = 64  # changed images per pass through the model
@@ -187,7 +187,13 @@ def ask(model: nn.Module, batches: Iterable[Tensor], targets: Tensor, probabilit
         Whether to return probabilities.
     """
     logits = torch.cat([predict(model, batch) for batch in batches]).cpu().double()
-    return (logits.softmax(1) if probability else logits)[:, targets.cpu()]
+    check_targets(targets, logits)
+    return (probabilities(logits) if probability else logits)[:, targets.cpu()]
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Return the softmax over classes of (N, K) logits, or the sigmoid, where there is a single one."""
+    return logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
 
 
 def segment(image: Tensor) -> Tensor:

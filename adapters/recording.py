@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from adapters.base import Explainer, explain_all
+from adapters.base import Explainer, check_targets, explain_all
+from explainer_bench import RequestError
 
 
 class Recording:
@@ -48,6 +50,8 @@ class Recording:
         self.inputs = inputs if of_image else inputs.detach()
         self.differentiated = list(dict.fromkeys(differentiated))
         self._watched = {*watched, *self.differentiated}
+        if self._watched:
+            self._watched |= {module for module in model.modules() if isinstance(module, VisionTransformer)}
         self._inputs: dict[nn.Module, Tensor] = {}
         self._outputs: dict[nn.Module, Tensor] = {}
         self._versions: dict[nn.Module, int] = {}
@@ -55,7 +59,9 @@ class Recording:
         self.logits = self._forward()
         if any(self._outputs[module]._version != version for module, version in self._versions.items()):
             self._in_place = True  # something overwrote what it had received: run again, and let it have a copy
+            self._outputs.clear()
             self.logits = self._forward()
+        check_targets(targets, self.logits)
 
     def _forward(self) -> Tensor:
         graph = nullcontext() if self.of_image or self.differentiated else torch.no_grad()
@@ -68,11 +74,19 @@ class Recording:
                 handle.remove()
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if module in self._outputs:
+            raise RequestError(
+                f"the model uses its {type(module).__name__} twice in a forward: explain one use at a time."
+            )
         starts = module in self.differentiated and not output.requires_grad
         if starts:
             output = output.detach().requires_grad_()
         self._inputs[module], self._outputs[module], self._versions[module] = inputs[0], output, output._version
         return output.clone() if starts or self._in_place else output
+
+    def ran(self, module: nn.Module) -> bool:
+        """Tell whether the forward pass went through a watched `module`."""
+        return module in self._outputs
 
     def input(self, module: nn.Module) -> Tensor:
         """Return the first argument of `module`, as the module left it."""

@@ -14,6 +14,7 @@ from torch.nn.grad import conv2d_input
 
 from adapters import vit
 from adapters.recording import Recording
+from explainer_bench import RequestError
 
 
 class _Relevance(vit.ViTExplainer):
@@ -158,6 +159,8 @@ class _Tape:
     def __init__(self, seen: Recording) -> None:
         self.seen, self.vit = seen, vit.find(seen.model)
         self.blocks = self.vit.blocks
+        if not (seen.ran(self.vit) and torch.equal(seen.output(self.vit), seen.logits)):
+            raise RequestError("the model's logits are not its Vision Transformer's own, at which relevance starts.")
         self.readout = vit.readout(seen.model, seen.output(vit.attentions(seen.model)[-1]))
 
     def linear(self, layer: nn.Linear, relevance: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def seeded(image: Tensor, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module, who: str = "the explainer") -> Iterator[None]:
     """Put every module's attributes (mode, hooks, patched forwards, switches) and every parameter's gradient back.
 
     Raises
@@ -48,8 +48,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     ModelChangedError
         If the values of parameters or buffers were changed in place.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    versions = [tensor._version for tensor in tensors]
+    before = _content(model)
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(_restore_module, module, dict(vars(module)), _dicts(module))
@@ -57,8 +56,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
             stack.callback(_restore_parameter, parameter, parameter.requires_grad, parameter.grad)
             parameter.grad = None
         yield
-    if versions != [tensor._version for tensor in tensors]:
-        raise ModelChangedError("the explainer changed the model's weights or buffers: it must leave them alone.")
+    if _content(model) != before:
+        raise ModelChangedError(f"{who} changed the model's weights or buffers: it must leave them alone.")
+
+
+def _content(model: nn.Module) -> list[tuple[int, str]]:
+    """Return what changes with a tensor's values, also where they are changed behind autograd's back."""
+    tensors = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        return [(tensor._version, str(tensor.float().norm().item())) for tensor in tensors]
 
 
 def _dicts(module: nn.Module) -> list[tuple[dict, dict]]:

@@ -14,13 +14,14 @@ def superpixels(image: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     image : ndarray
-        (H, W, C) in any range, of one or three channels.
+        (H, W, C) in any range; of other than three channels, the mean counts.
 
     Returns
     -------
     ndarray
         (H, W) int.
     """
+    image = image if image.shape[-1] == 3 else image.mean(-1, keepdims=True)
     low, high = image.min(), image.max()
     scaled = np.broadcast_to((image - low) / max(high - low, 1e-12), (*image.shape[:2], 3))
     return quickshift(scaled, kernel_size=4, max_dist=200, ratio=0.2, rng=0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapters import vit
 from adapters.base import min_max, predict
-from adapters.masking import ROWS, QueryExplainer, ask
+from adapters.masking import ROWS, QueryExplainer, ask, probabilities
 from adapters.recording import Recording
 
 
@@ -75,7 +75,7 @@ class TIS(_ViTQueries):
         blocks = vit.find(model).blocks
         seen = Recording(model, inputs[:1], targets[:1], blocks)
         kept = self._subsets(torch.cat([_channels(seen, block) for block in blocks]).float().cpu())
-        probability = logits_keeping(seen, kept.to(inputs.device)).softmax(1)[:, targets.cpu()]
+        probability = probabilities(logits_keeping(seen, kept.to(inputs.device)))[:, targets.cpu()]
         means = probability.T @ kept.double() / kept.sum(0).clamp(min=1)
         return means.unflatten(1, vit.token_grid(model, inputs))
 

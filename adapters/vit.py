@@ -8,6 +8,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from adapters.recording import Recording, SinglePass
+from explainer_bench import RequestError
 
 
 class ViTExplainer(SinglePass):
@@ -54,14 +55,34 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
 
 
 def token_grid(model: nn.Module, inputs: Tensor) -> tuple[int, int]:
-    """Return rows and columns of patch tokens for these inputs."""
-    height, width = find(model).patch_embed.patch_size
-    return -(-inputs.shape[-2] // height), -(-inputs.shape[-1] // width)
+    """Return rows and columns of patch tokens for these inputs.
+
+    Raises
+    ------
+    RequestError
+        If the patches would reach over the image's edge.
+    """
+    (height, width), (rows, columns) = inputs.shape[-2:], patch_size(model)
+    if height % rows or width % columns:
+        raise RequestError(f"{height} x {width} pixels are no multiple of the model's {rows} x {columns} patches.")
+    return height // rows, width // columns
 
 
 def to_grid(seen: Recording, tokens: Tensor) -> Tensor:
-    """Drop the prefix tokens of (N, tokens) scores and lay the rest out as (N, h, w)."""
-    return tokens[:, find(seen.model).num_prefix_tokens :].unflatten(1, token_grid(seen.model, seen.inputs))
+    """Drop the prefix tokens of (N, tokens) scores and lay the rest out as (N, h, w).
+
+    Raises
+    ------
+    RequestError
+        If the model does not read its Vision Transformer's tokens as that one would, or they are no grid of patches.
+    """
+    transformer, (rows, columns) = find(seen.model), token_grid(seen.model, seen.inputs)
+    if not seen.ran(transformer):
+        raise RequestError("the model runs past its Vision Transformer's own forward: how it reads it is not known.")
+    patches = tokens[:, transformer.num_prefix_tokens :]
+    if patches.shape[1] != rows * columns:
+        raise RequestError(f"the model has {patches.shape[1]} patch tokens, which are no {rows} x {columns} patches.")
+    return patches.unflatten(1, (rows, columns))
 
 
 def readout(model: nn.Module, like: Tensor) -> Tensor:

@@ -157,6 +157,10 @@ def tune(
         )
     if result.report:
         _print_boards(result.report)
+        ((_, wide),) = result.report.boards.wide.items()
+        equal = int((wide["tie_group"] == wide["tie_group"].iloc[0]).sum()) - 1
+        best = f"First: {wide['explainer'].iloc[0]}; not told apart from it: {equal} others."
+        out.print(best, markup=False, highlight=False, soft_wrap=True)
         out.print(f"Boards: {folder / 'leaderboards'}", soft_wrap=True)
     _fail(result.failures)
 
@@ -203,6 +207,9 @@ def _print_boards(report: Any) -> None:
     for name, wide in report.boards.wide.items():
         summary = leaderboards.summary(wide, report.boards.trivial)
         _print_table(summary, f"{name} (lower mean rank is better; rank with its 95 % interval)")
+        for row in wide[wide["status"] == "unsupported"].itertuples():
+            line = f"unsupported: {row.explainer} on {row.model}: {row.info}"
+            err.print(line, markup=False, highlight=False, soft_wrap=True)
     if report.missing:
         out.print(f"{report.missing} cells of the plan are not computed yet.")
 

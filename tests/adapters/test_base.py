@@ -81,7 +81,7 @@ class Returns(Explainer):
     ("what", "message"),
     [
         ("nan", "NaN or infinite values in 1 of 2"),
-        ("channels", r"\(2, 3, 32, 32\), not \(2, height"),
+        ("channels", r"\(2, 3, 32, 32\), not a torch tensor \(2, height"),
         ("flat", "not"),
         ("fewer", "not"),
         ("larger", "larger than the image"),
@@ -203,3 +203,51 @@ def test_predict_falls_back_to_gradients_only_where_the_model_needs_them() -> No
     assert not predict(model, torch.rand(5, 3)).requires_grad
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         predict(model, torch.rand(5, 4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets", "message"),
+    [
+        ((3, 3, 8, 8), [1], r"targets \(1,\)"),
+        ((3, 3, 8, 8), [0, 1, 2, 3], r"targets \(4,\)"),
+        ((2, 3, 8, 8), [0, -1], "a class from 0"),
+        ((0, 3, 8, 8), [], "at least one"),
+        ((3, 8, 8), [0, 1, 2], r"give images \(N, C, H, W\)"),
+    ],
+)
+def test_images_without_a_class_each_are_refused(shape: tuple[int, ...], targets: list[int], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Gradient()(Hungry(RuntimeError, ""), torch.rand(shape), targets)
+
+
+class BehindTheBack(Explainer):
+    """Changes a weight where autograd does not look."""
+
+    name = "behind_the_back"
+    family = "test"
+
+    def attribute(self, model: nn.Module, inputs: Tensor, targets: Tensor, **context: Tensor) -> Tensor:
+        model.head.weight.data.mul_(1.1)
+        return inputs.mean(1)
+
+
+def test_weights_changed_through_data_are_noticed_and_the_culprit_named(plain: VisionTransformer) -> None:
+    with pytest.raises(ModelChangedError, match="behind_the_back changed the model's weights"):
+        BehindTheBack()(plain, torch.rand(1, 3, 32, 32), [0])
+
+
+def test_predicting_halves_the_batch_that_does_not_fit() -> None:
+    model, inputs = Hungry(torch.OutOfMemoryError, "CUDA out of memory"), torch.rand(7, 3, 8, 8)
+    torch.testing.assert_close(predict(model, inputs), model.head(inputs.mean((2, 3))))
+
+
+class Nothing(Explainer):
+    """Defines nothing."""
+
+    name = "nothing"
+    family = "test"
+
+
+def test_a_missing_attribute_is_named(plain: VisionTransformer) -> None:
+    with pytest.raises(NotImplementedError, match="Nothing defines no `attribute`"):
+        Nothing()(plain, torch.rand(1, 3, 32, 32), [0])

@@ -201,3 +201,26 @@ def test_guided_backpropagation_is_its_formula() -> None:
 
 def test_guided_backpropagation_refuses_models_without_relu() -> None:
     assert "no nn.ReLU" in str(adapters.get("guided_backprop").supports(conformance.build("vit")))
+
+
+class ReadTwice(nn.Module):
+    """What goes into its ReLU goes past it, too."""
+
+    def __init__(self, function: str = "") -> None:
+        super().__init__()
+        self.conv, self.act, self.head, self.function = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 5), function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.conv(inputs)
+        if self.function:
+            features = getattr(torch, self.function)(features)
+            return self.head(self.act(features).mean((2, 3)))
+        return self.head((features + self.act(features)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["deeplift", "guided_backprop"])
+@pytest.mark.parametrize(
+    ("function", "reason"), [("", "is read elsewhere"), ("abs", "calls abs"), ("relu", "calls relu")]
+)
+def test_what_captum_would_get_wrong_is_refused(name: str, function: str, reason: str) -> None:
+    assert reason in (adapters.get(name).supports(ReadTwice(function)) or "")

@@ -8,7 +8,7 @@ from skimage.transform import resize
 from torch import Tensor, nn
 
 import adapters
-from adapters.masking import QueryExplainer, segment
+from adapters.masking import QueryExplainer, probabilities, segment
 from adapters.state import seeded
 from explainer_bench import RequestError
 from tests.adapters.conftest import build
@@ -136,3 +136,9 @@ def test_targets_of_an_image_share_its_queries_and_keep_their_maps(name: str) ->
 
 def test_the_shared_queries_are_tested_for_all() -> None:
     assert len(QUERIES) == 10
+
+
+def test_the_probability_of_a_single_logit_is_its_sigmoid() -> None:
+    logits = torch.tensor([[-1.0], [3.0]])
+    assert torch.equal(probabilities(logits), logits.sigmoid())
+    assert torch.equal(probabilities(logits.expand(2, 2)), torch.full((2, 2), 0.5))

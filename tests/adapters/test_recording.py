@@ -10,6 +10,7 @@ from torch import nn
 import adapters
 from adapters import conformance
 from adapters.recording import Recording, SinglePass, explain_together, shareable
+from explainer_bench import RequestError
 
 METHODS = [adapters.get(f"{name}[{cls.quick}]") for name, cls in adapters.registry.classes.items()]
 
@@ -98,3 +99,83 @@ def test_what_is_recorded_survives_work_in_place(of_image: bool) -> None:
     if of_image:
         (gradient,) = torch.autograd.grad(model(inputs).gather(1, targets[:, None]).sum(), inputs)
         torch.testing.assert_close(seen.image_gradient, gradient)
+
+
+class TwoViews(nn.Module):
+    """The mean of an image's logits and its mirror image's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (self.model(inputs) + self.model(inputs.flip(-1))) / 2
+
+
+class Reordered(TwoViews):
+    """Another order of the classes."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs).flip(1)
+
+
+class OwnPooling(TwoViews):
+    """Reads the mean of the patch tokens, past the model's own head."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model.head(self.model.forward_features(inputs)[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "name", "message"),
+    [
+        (TwoViews, "gae", "twice in a forward"),
+        (TwoViews, "raw_attention", "twice in a forward"),
+        (Reordered, "partial_lrp", "not its Vision Transformer's own"),
+        (Reordered, "transformer_attribution", "not its Vision Transformer's own"),
+        (OwnPooling, "rollout", "past its Vision Transformer's own forward"),
+        (OwnPooling, "gae", "past its Vision Transformer's own forward"),
+    ],
+)
+def test_a_model_that_would_be_misread_is_refused(wrapper: type[TwoViews], name: str, message: str) -> None:
+    problem = case("vit")
+    with pytest.raises(RequestError, match=message):
+        adapters.get(name).explain(wrapper(problem.model), problem.inputs, problem.targets)
+
+
+@pytest.mark.parametrize("name", ["saliency", "attn_lrp"])
+def test_what_asks_no_module_serves_two_views(name: str) -> None:
+    problem, method = case("vit"), adapters.get(name)
+    both = method.explain(TwoViews(problem.model), problem.inputs, problem.targets)
+    assert both.shape == method.explain(problem.model, problem.inputs, problem.targets).shape
+
+
+def test_classes_follow_a_wrapper_that_reorders_them() -> None:
+    problem, method = case("vit"), adapters.get("gae")
+    maps = method.explain(Reordered(problem.model), problem.inputs, 4 - problem.targets)
+    assert torch.equal(maps, method.explain(problem.model, problem.inputs, problem.targets))
+
+
+def test_a_class_that_is_none_is_refused() -> None:
+    problem = case("vit")
+    for name in ("gae", "occlusion"):
+        with pytest.raises(RequestError, match="target 9 is no class: there are 5"):
+            adapters.get(name).explain(problem.model, problem.inputs, [0, 1, 9])
+
+
+def test_images_that_are_no_grid_of_patches_are_refused() -> None:
+    model = conformance.VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=3,
+        dynamic_img_size=True, dynamic_img_pad=True,
+    )  # fmt: skip
+    with pytest.raises(RequestError, match="40 x 40 pixels are no multiple of the model's 16 x 16 patches"):
+        adapters.get("cdam").explain(model, torch.rand(1, 3, 40, 40), [0])
+
+
+@pytest.mark.parametrize("name", ["gae", "attn_lrp", "transformer_attribution"])
+def test_gradient_checkpointing_is_switched_off_and_on_again(name: str) -> None:
+    problem, method = case("vit"), adapters.get(name)
+    expected = method.explain(problem.model, problem.inputs, problem.targets)
+    problem.model.set_grad_checkpointing(True)
+    assert torch.equal(method.explain(problem.model, problem.inputs, problem.targets), expected)
+    assert problem.model.grad_checkpointing
