@@ -22,7 +22,7 @@ class _Attention(vit.ViTExplainer):
 
 
 class RawAttention(_Attention):
-    """Attention of the read-out token to the patches in the last block, mean over heads.
+    """Attention of the read-out token to the patches in the last block, mean over heads: ``mean_h A[h, 0, j]``.
 
     Where the head reads the mean of the patch tokens, the mean over their rows takes the class token's place.
     """
@@ -60,9 +60,10 @@ class AttentionBlock(RawAttention):
 class Rollout(_Attention):
     """Attention rollout: the product over blocks of the row-normalised (A + I), read at the read-out token.
 
+    ``prod_l N_l``, later blocks on the left, with ``N_l = (A_l + I)`` and each row divided by its sum.
     `fusion` joins the heads; then the share `discard` of each matrix's smallest entries is set to 0, all but the first
-    token's attention to itself, as in the popular implementation (jacobgil/vit-explain). That one misses a ``keepdim``
-    and divides columns by the sums of rows; here each row is divided by its own sum.
+    token's attention to itself, as in the popular implementation (jacobgil/vit-explain). In that code the rows' sums
+    divide the columns, as a ``keepdim`` is missing; here each row is divided by its own sum.
     """
 
     name = "rollout"

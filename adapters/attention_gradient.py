@@ -85,9 +85,10 @@ class GradCAMAttention(_AttentionGradient):
 class LeGrad(_AttentionGradient):
     """Positive gradients of the attention, each block's taken of a logit read off that very block's tokens.
 
-    The head is applied to every block's output as if it were the last. The gradient of that logit at the block's
-    attention is clipped at 0 and averaged over heads and query tokens; the sum over the blocks from `start_layer` on is
-    scaled to [0, 1], before upsampling.
+    ``sum_l mean_h,i (ds_l / dA_l[h, i, j])^+``, scaled to [0, 1], where ``s_l`` is the logit that the head gives to
+    block l's output as if it were the last. The gradient of that logit at the block's attention is clipped at 0 and
+    averaged over heads and query tokens; the sum over the blocks from `start_layer` on is scaled to [0, 1], before
+    upsampling.
 
     The paper uses all blocks, as here; the authors' wrapper by default only the last two. It serves CLIP, and pools the
     mean of all tokens even where the model reads the class token: ``pool="mean"``. With ``pool="head"`` the head pools

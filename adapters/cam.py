@@ -158,8 +158,9 @@ class _SinglePassCAM(_OfLayer, SinglePass):
 class GradCAM(_SinglePassCAM):
     """Grad-CAM: each channel of a layer weighted by the mean over positions of the target logit's gradient.
 
-    The weighted channels are summed, clipped at 0, scaled to [0, 1] per image and resized bilinearly, as in
-    pytorch-grad-cam, which scales once more after resizing: the same map but for a factor and an offset.
+    ``(sum_c mean_ij(dA_c) A_c)^+``: the weighted channels are summed, clipped at 0, scaled to [0, 1] per image and
+    resized bilinearly, as in pytorch-grad-cam, which scales once more after resizing: the same map but for a factor and
+    an offset.
 
     The layer, here and in all maps of this family, is `layer`, a dotted name as in ``model.named_modules()``. By
     default it is ``blocks[-1].norm1`` in a timm Vision Transformer, its prefix tokens dropped, and elsewhere the last
@@ -195,7 +196,10 @@ class GradCAMPlusPlus(_SinglePassCAM):
 
 
 class LayerCAM(_SinglePassCAM):
-    """LayerCAM: every activation weighted by the positive part of its own gradient; the rest is Grad-CAM's."""
+    """LayerCAM: every activation weighted by the positive part of its own gradient, ``(sum_c dA_c^+ A_c)^+``.
+
+    The rest, and the layer, are Grad-CAM's.
+    """
 
     name = "layercam"
     reference = "Jiang et al., LayerCAM, IEEE Transactions on Image Processing 2021"
@@ -206,7 +210,7 @@ class LayerCAM(_SinglePassCAM):
 
 
 class HiResCAM(_SinglePassCAM):
-    """HiResCAM: every activation weighted by its own gradient; the rest is Grad-CAM's.
+    """HiResCAM: every activation weighted by its own gradient, ``(sum_c dA_c A_c)^+``; the rest is Grad-CAM's.
 
     The sum over channels is clipped at 0, as in pytorch-grad-cam. Where the layer's maps are averaged and read by a
     linear layer, it equals Grad-CAM.

@@ -48,7 +48,7 @@ class _Gradient(SinglePass):
 
 
 class Saliency(_Gradient):
-    """Absolute gradient of the target logit with respect to the image, the largest over the colour channels."""
+    """Absolute gradient of the target logit by the image, the largest over the colour channels: ``max_c |df/dx_c|``."""
 
     name = "saliency"
     reference = "Simonyan, Vedaldi and Zisserman, Deep inside convolutional networks, ICLR workshops 2014"
@@ -59,7 +59,7 @@ class Saliency(_Gradient):
 
 
 class InputXGradient(_Gradient):
-    """Image times gradient of the target logit, summed over the colour channels.
+    """Image times gradient of the target logit, summed over the colour channels: ``sum_c x_c df/dx_c``.
 
     The image is the normalised one that the model receives. The CDAM paper takes the mean over the channels: the same
     map divided by their number, as in all maps of this family that are sums.
@@ -94,8 +94,8 @@ class _Captum(Explainer):
 class IntegratedGradients(_Captum):
     """Integrated gradients of the target logit from a zero baseline (in normalised space), summed over the channels.
 
-    The path integral is captum's Gauss-Legendre sum over `n_steps` points. The map sums to the logit's difference from
-    the baseline's, but for the error of that sum.
+    ``x * mean_k df/dx(a_k x)``, weighted: the path integral is captum's Gauss-Legendre sum over `n_steps` points. The
+    map sums to the logit's difference from the baseline's, but for the error of that sum.
     """
 
     name = "integrated_gradients"
@@ -134,8 +134,9 @@ def _widened(model: nn.Module, images: Tensor) -> tuple[Callable[[Tensor], Tenso
 class SmoothGrad(_Sampled):
     """Gradient of the target logit, averaged over noisy copies of the image and summed over the channels.
 
-    The sign is kept, as the paper leaves open and the CDAM paper does. The noise is Gaussian; its standard deviation
-    is `noise` times the range of the image's values. `samples` copies: 50, as in the paper.
+    ``mean_k df/dx(x + n_k)``. The sign is kept, as the paper leaves open and the CDAM paper does. The noise is
+    Gaussian; its standard deviation is `noise` times the range of the image's values. `samples` copies: 50, as in the
+    paper.
     """
 
     name = "smoothgrad"
@@ -160,7 +161,7 @@ class SmoothGrad(_Sampled):
 class SmoothGradSquared(SmoothGrad):
     """Squared gradient of the target logit, averaged over noisy copies of the image and summed over the channels.
 
-    The copies are those of `smoothgrad`.
+    ``mean_k (df/dx(x + n_k))^2``; the copies are those of `smoothgrad`.
     """
 
     name = "smoothgrad_squared"
@@ -172,7 +173,7 @@ class SmoothGradSquared(SmoothGrad):
 class VarGrad(SmoothGrad):
     """Variance of the gradient of the target logit over noisy copies of the image, summed over the channels.
 
-    It is the mean square less the squared mean, over the copies of `smoothgrad`.
+    ``mean_k g_k^2 - (mean_k g_k)^2`` with ``g_k = df/dx(x + n_k)``, over the copies of `smoothgrad`.
     """
 
     name = "vargrad"

@@ -18,14 +18,14 @@ class LibraGrad(Explainer):
     constants; no value of the forward pass changes. On these gradients, `on` is
 
     - "input_x_gradient": tokens that enter the first block (with positional embedding) times gradient, summed over the
-      channels, as in the authors' evaluation. With zero biases, all tokens together have the logit. At the pixels it
-      would be `cp_lrp` without the gamma rule.
+      channels, ``sum_c t_c dt_c``, as in the authors' evaluation. With zero biases, all tokens sum to the logit. At the
+      pixels it would be `cp_lrp` without the gamma rule.
     - "gradcam": tokens that enter the last attention (``blocks[-1].norm1``), weighted per channel by their gradient's
       mean over the patches, and summed. Not clipped at 0, as the authors' code does not.
 
     Differs from their evaluation in that they differentiate the probability, and here as everywhere it is the logit.
-    Their tables hold GradCAM+, the sum over all blocks, not this single layer. Read off their paper and, as far as
-    found, their code; not verified: at which point of the block and over which tokens their Grad-CAM averages.
+    Their tables hold GradCAM+, the sum over all blocks, not this single layer. Not verified: at which point of the
+    block and over which tokens their Grad-CAM averages.
     """
 
     name = "libragrad"

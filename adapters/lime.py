@@ -61,7 +61,7 @@ class Lime(_Surrogate):
 
     `num_samples` images each show a random half of the superpixels, the first shows all. The map is the superpixels'
     weights in a ridge regression (alpha 1) of the target's softmax probability, where a sample with a share ``s`` of
-    superpixels shown counts ``sqrt(exp(-d^2 / 0.25^2))``, ``d = 1 - sqrt(s)`` being its cosine distance. Signed.
+    superpixels shown counts ``sqrt(exp(-d^2 / 0.25^2))``, ``d = 1 - sqrt(s)`` being its cosine distance.
     Samples, weights and fit equal the package's; only the perturbed images are made and asked in batches, each distinct
     one once. Quickshift sees the normalised image scaled to [0, 1]. All targets of an image share the samples.
     """

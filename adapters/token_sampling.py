@@ -104,7 +104,7 @@ class ViTCX(_ViTQueries):
 
     name = "vit_cx"
     stochastic = True
-    licence = "The authors' code is under the 3-clause BSD licence; nothing of it is used here."
+    licence = "the authors' code is under the 3-clause BSD licence; nothing of it is used here"
     reference = "Xie et al., ViT-CX: Causal explanation of Vision Transformers, IJCAI 2023"
     quick = "distance=0.6"
     distance: Annotated[float, Field(gt=0, le=1)] = 0.1

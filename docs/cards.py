@@ -20,17 +20,27 @@ and a ResNet.
 """
 
 
+HEADINGS = {
+    "attention_gradient": "Attention and gradient",
+    "cam": "Class activation maps",
+    "cdam": "CDAM",
+    "lrp": "Relevance propagation",
+}
+
+
 def card(explainer: Explainer) -> str:
     """Return one explainer's card in Markdown."""
     text = (inspect.getdoc(type(explainer)) or "").replace("``", "`")
     asked = {name: explainer.supports(conformance.build(name)) for name in conformance.MODELS}
     serves = ", ".join(name for name, reason in asked.items() if reason is None)
-    refused = "; ".join(f"{name} ({reason})" for name, reason in asked.items() if reason)
+    reasons = {reason: [n for n, other in asked.items() if other == reason] for reason in asked.values() if reason}
+    refused = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     facts = {
         "Map": _map(explainer),
-        "Cost": f"{explainer.cost:g} FE",
-        "Parameters": ", ".join(f"`{name}={value}`" for name, value in explainer.params.items()),
-        "Serves": serves + (f". Not: {refused}" if refused else ""),
+        "Cost": f"{explainer.cost:.3g} FE",
+        "Parameters": ", ".join(f"`{name}={value!r}`" for name, value in explainer.params.items()),
+        "Serves": serves,
+        "Refuses": refused,
         "Reference": explainer.reference,
         "Licence": explainer.licence,
     }
@@ -52,7 +62,7 @@ def page() -> str:
     explainers = sorted((adapters.get(name) for name in adapters.registry.names()), key=lambda e: (e.family, e.name))
     parts = [HEAD]
     for family, members in itertools.groupby(explainers, key=lambda e: e.family):
-        parts += [f"## Family: {family}\n", *map(card, members)]
+        parts += [f"## {HEADINGS.get(family, family.capitalize())}\n", *map(card, members)]
     return "\n".join(parts)
 
 
