@@ -60,11 +60,13 @@ def preserved(model: nn.Module, who: str = "the explainer") -> Iterator[None]:
         raise ModelChangedError(f"{who} changed the model's weights or buffers: it must leave them alone.")
 
 
-def _content(model: nn.Module) -> list[tuple[int, str]]:
+def _content(model: nn.Module) -> tuple[list[int], bytes]:
     """Return what changes with a tensor's values, also where they are changed behind autograd's back."""
     tensors = [*model.parameters(), *model.buffers()]
     with torch.no_grad():
-        return [(tensor._version, str(tensor.float().norm().item())) for tensor in tensors]
+        norms = [tensor.float().norm() for tensor in tensors]
+        sizes = torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else torch.empty(0)
+    return [tensor._version for tensor in tensors], sizes.cpu().numpy().tobytes()
 
 
 def _dicts(module: nn.Module) -> list[tuple[dict, dict]]:

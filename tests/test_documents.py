@@ -124,6 +124,11 @@ def test_links_lead_to_files(document):
     assert [link for link in links if not (folder / link).exists()] == []
 
 
+def test_the_readme_lists_every_explainer():
+    table = (HOUSE / "README.md").read_text().partition("| Family | Explainers |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"`(\w+)`", table)) == adapters.registry.names()
+
+
 def test_the_readme_names_only_real_parts():
     text = (HOUSE / "README.md").read_text()
     specs = [spec for chosen in re.findall(r'--explainers "(.*?)"', text) for spec in split_specs(chosen)]
