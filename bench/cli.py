@@ -327,7 +327,7 @@ _BRIEF = {
 
 
 def _words(value: Any) -> str:
-    return {"True": "yes", "False": "no"}.get(str(value), f"{value:g}" if isinstance(value, float) else str(value))
+    return {"True": "yes", "False": "no"}.get(str(value), f"{value:.4g}" if isinstance(value, float) else str(value))
 
 
 def _catalogue(kind: Kind) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def card(explainer: Explainer) -> str:
     refused = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     facts = {
         "Map": _map(explainer),
-        "Cost": f"{explainer.cost:.3g} FE",
+        "Cost": f"{explainer.cost:.4g} FE",
         "Parameters": ", ".join(f"`{name}={value!r}`" for name, value in explainer.params.items()),
         "Serves": serves,
         "Refuses": refused,
