@@ -61,6 +61,9 @@ class Occlusion(_Ablation):
     pixels where it has none) and moves by its own size; `window` and `stride` are pixels. The last windows of a row
     or column are cut at the image's edge. All this is captum's `Occlusion`. Zeiler and Fergus plot the probability
     that remains, with a grey square: here it is the loss of logit, so that the evidence for the target is positive.
+
+    A metric that hides single patches, such as `faithfulness_estimate`, asks the same question: there a good score is
+    little evidence.
     """
 
     name = "occlusion"

@@ -31,6 +31,9 @@ class TokenAblation(_ViTQueries):
     ``logit(all tokens) - logit(all tokens but this one)``. The token is taken out of the sequence after the positional
     embedding, so that the blocks see one token less and nothing stands in its place; class, distillation and register
     tokens stay. The image is embedded once. Brocki, Binda and Chung call it token ablation map (TAM).
+
+    A metric that hides single patches, such as `faithfulness_estimate`, asks nearly the same question: there a good
+    score is little evidence.
     """
 
     name = "token_ablation"
