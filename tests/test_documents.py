@@ -116,7 +116,7 @@ def test_the_metric_to_add(tmp_path):
     assert metrics.get(str(path), pixels=2)(samples).values == pytest.approx([0.7, 2 / 16])
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/index.md", "docs/explainer-costs.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/index.md"])
 def test_links_lead_to_files(document):
     links = re.findall(r"\]\((?!https?://)([^)#]+)\)", (HOUSE / document).read_text())
     assert links
