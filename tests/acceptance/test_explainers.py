@@ -107,7 +107,8 @@ def test_parameters_are_tuned_on_the_validation_split(command: Command, checkpoi
     assert set(rows["dataset"]) == {"digits[split=val]"}
     assert len(rows) == 4
     assert rows["explainer"].str.contains("fusion=max").all()
-    assert outcome.out.count("rollout[") == 4
+    assert outcome.out.count("rollout[") == 5  # one line says which came first
+    assert "First: rollout[" in outcome.out
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_a_broken_explainer_fails_its_own_cells_only(
     assert "Traceback" not in outcome.err
     assert "KeyError: 'no such thing'" in outcome.err
     wide = pd.read_csv(tmp_path / "run/leaderboards/digits.csv").set_index("explainer")
-    for name, error in [("broken", "no such thing"), ("broken[how=nan]", "NaN"), ("broken[how=shape]", "not (8")]:
+    for name, error in [("broken", "no such thing"), ("broken[how=nan]", "NaN"), ("broken[how=shape]", "tensor (8")]:
         assert wide.loc[name, "status"] == "failed"
         assert wide.loc[name, "n_failed"] == 20
         assert error in wide.loc[name, "info"]
