@@ -6,4 +6,12 @@ from explainer_bench import Registry
 registry: Registry[Explainer] = Registry("explainer", Explainer, __name__)
 get = registry.get
 
-__all__ = ["Explainer", "get", "registry"]
+
+def quick(spec: str) -> Explainer:
+    """Build an explainer with its `quick` parameters, unless `spec` states some: for checks that ignore quality."""
+    explainer = get(spec)
+    stated = explainer.spec != explainer.name
+    return explainer if stated or not explainer.quick else get(f"{spec}[{explainer.quick}]")
+
+
+__all__ = ["Explainer", "get", "quick", "registry"]

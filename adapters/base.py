@@ -161,14 +161,15 @@ def explain_all(
     for explainer in explainers:
         if reason := explainer.supports(model):
             raise RequestError(f"{explainer.name} cannot explain this model: {reason}.")
-    dtype, device = _placed(model)
+    reference = next(model.parameters(), torch.empty(0))
+    dtype, device = reference.dtype, reference.device
     with ExitStack() as stack:
         if not all(explainer.half_precision for explainer in explainers):
             stack.enter_context(torch.autocast(device.type, enabled=False))
             if dtype in _HALF:
                 with torch.inference_mode(False):  # tensors made there would not be counted when they are changed
                     model, dtype = copy.deepcopy(model).float(), torch.float32
-        stack.enter_context(preserved(model, explainers[0].name))
+        stack.enter_context(preserved(model, " or ".join(explainer.name for explainer in explainers)))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled graph runs past the hooks
         model.eval().requires_grad_(False)
         for module in model.modules():
@@ -178,11 +179,6 @@ def explain_all(
         batch = _Batch(explainers, attribute, model, inputs.to(device, dtype), targets, **options)
         chunks = [batch.explain(rows) for rows in batch.chunks()]
     return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
-
-
-def _placed(model: nn.Module) -> tuple[torch.dtype, torch.device]:
-    reference = next(model.parameters(), torch.empty(0))
-    return reference.dtype, reference.device
 
 
 class _Batch:

@@ -62,7 +62,7 @@ def token_grid(model: nn.Module, inputs: Tensor) -> tuple[int, int]:
     RequestError
         If the patches would reach over the image's edge.
     """
-    (height, width), (rows, columns) = inputs.shape[-2:], patch_size(model)
+    (height, width), (rows, columns) = inputs.shape[-2:], find(model).patch_embed.patch_size
     if height % rows or width % columns:
         raise RequestError(f"{height} x {width} pixels are no multiple of the model's {rows} x {columns} patches.")
     return height // rows, width // columns

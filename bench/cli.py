@@ -275,9 +275,8 @@ def check_explainer(
     import adapters
     from adapters import conformance
 
-    explainer = adapters.get(spec)
-    quick = "" if explainer.spec != explainer.name else explainer.quick
-    findings = list(conformance.check(adapters.get(f"{spec}[{quick}]") if quick else explainer))
+    explainer = adapters.quick(spec)
+    findings = list(conformance.check(explainer))
     _print_table(_verdicts(findings), f"{explainer.spec}: {len(conformance.CHECKS)} checks on each model")
     broken = {finding.check: finding for finding in reversed(findings) if finding.verdict == "broken"}
     for name, finding in broken.items():

@@ -81,6 +81,7 @@ class Problem:
 
     def __init__(self, dataset: Dataset, model: Model, samples: int, seed: int) -> None:
         self.dataset, self.model = dataset, model
+        self._concepts: dict[Explainer, Tensor] = {}
         self.names = replace(dataset, root=None).spec, model.name
         order = sorted(dataset.samples, key=lambda s: hashlib.sha256(f"{seed} {s.id}".encode()).digest())
         self.samples = order[:samples]
@@ -118,8 +119,10 @@ class Problem:
         if "roi_prior" in explainer.needs:
             context["roi_prior"] = self.roi_prior(shard).repeat(repeats, 0)
         if "concept" in explainer.needs:
-            images = [np.asarray(Image.open(file).convert("RGB")) for file in explainer.files()]
-            context["concept"] = torch.stack([self.model.preprocess(image) for image in images])
+            if explainer not in self._concepts:
+                images = [np.asarray(Image.open(file).convert("RGB")) for file in explainer.files()]
+                self._concepts[explainer] = torch.stack([self.model.preprocess(image) for image in images])
+            context["concept"] = self._concepts[explainer]
         return context
 
     @cached_property

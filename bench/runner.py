@@ -100,6 +100,7 @@ class Run:
         self.explainers = _unique([adapters.get(spec) for spec in self.suite.explainers])
         self.metrics = _unique([metrics.get(spec) for spec in self.suite.metrics])
         self.problems = list(self._problems())
+        self._fingerprints = {explainer: explainer.fingerprint() for explainer in self.explainers}
         self._refusals: dict[tuple[Problem, Explainer], str] = {}
         names = Counter(problem.names for problem in self.problems)
         if twice := [" / ".join(name) for name, n in names.items() if n > 1]:
@@ -219,7 +220,7 @@ class Run:
     def explanation_cell(self, problem: Problem, shard: Shard, explainer: Explainer, classes: np.ndarray) -> str:
         """Return the cell of one explainer's maps of a shard, for one class per sample."""
         base = self.prediction_cell(problem, shard).rpartition("/")[2]
-        context = [problem.dataset.fingerprint if "roi_prior" in explainer.needs else "", explainer.fingerprint()]
+        context = [problem.dataset.fingerprint if "roi_prior" in explainer.needs else "", self._fingerprints[explainer]]
         hashed = key(base, identity(explainer), classes.tolist(), self.suite.seed, context)
         return self.store.path("explanations", *problem.names, explainer.spec, key=hashed)
 
@@ -237,13 +238,12 @@ class Run:
             yield from (None for _ in explainers)
 
     def _explain_cells(self, problem: Problem, shard: Shard, wanted: Wanted) -> None:
-        start = time.perf_counter()
+        start, explainers = time.perf_counter(), {explainer for explainer, _ in wanted.values()}
         try:
             maps = self._maps(problem, shard, wanted)
         except ModelChangedError:
             raise
         except Exception as error:  # whatever a stranger's code raises costs its own cells only
-            explainers = {explainer for explainer, _ in wanted.values()}
             if len(explainers) > 1:  # find out whose it was
                 for cell, what in wanted.items():
                     self._explain_cells(problem, shard, {cell: what})
@@ -252,8 +252,7 @@ class Run:
                 self.store.fail(cell, error)
             self.done["explanations failed"] += len(wanted)
             return
-        shares = len({explainer for explainer, _ in wanted.values()})
-        seconds = (time.perf_counter() - start) / shares
+        seconds = (time.perf_counter() - start) / len(explainers)
         for cell, of_cell in zip(wanted, maps, strict=True):
             self.store.write_arrays(cell, maps=of_cell.numpy(), seconds=np.array(seconds))
         self.done["explanations computed"] += len(wanted)

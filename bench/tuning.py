@@ -82,5 +82,4 @@ def combinations(explainer: str, grid: Mapping[str, Sequence[Any]]) -> list[str]
     name, fixed = parse_spec(explainer)
     rows = ({**fixed, **dict(zip(grid, values, strict=True))} for values in itertools.product(*grid.values()))
     built = [adapters.get(name, **row) for row in rows]
-    pairs = [",".join(f"{key}={value}" for key, value in one.params.items()) for one in built]
-    return list(dict.fromkeys(f"{name}[{pair}]" for pair in pairs))
+    return list(dict.fromkeys(f"{name}{one.spec.removeprefix(one.name)}" for one in built))

@@ -170,8 +170,8 @@ def once(bench: Bench, spec: str) -> None:
     Where an explainer only repeats itself, its quick parameters do.
     """
     explainer = adapters.get(spec)
-    if explainer.cost >= SLOW and explainer.quick and "[" not in spec:
-        explainer = adapters.get(f"{spec}[{explainer.quick}]")
+    if explainer.cost >= SLOW:
+        explainer = adapters.quick(spec)
     if reason := explainer.supports(bench.model):
         print(reason)
         return

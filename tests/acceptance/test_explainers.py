@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import adapters
+from bench import tuning
 from tests.acceptance.conftest import Outcome
 
 Command = Callable[..., Outcome]
@@ -109,6 +110,14 @@ def test_parameters_are_tuned_on_the_validation_split(command: Command, checkpoi
     assert rows["explainer"].str.contains("fusion=max").all()
     assert outcome.out.count("rollout[") == 5  # one line says which came first
     assert "First: rollout[" in outcome.out
+
+
+def test_combinations_name_what_differs_and_leave_the_defaults_alone() -> None:
+    assert tuning.combinations("gradcam_eigen_aug", {"sign": ["raw"]}) == ["gradcam_eigen_aug[sign=raw]"]
+    assert tuning.combinations("integrated_cdam[at=norm1]", {"steps": [10, 50]}) == [
+        "integrated_cdam[at=norm1,steps=10]",
+        "integrated_cdam[at=norm1]",
+    ]
 
 
 @pytest.mark.parametrize(

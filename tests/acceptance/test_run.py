@@ -181,7 +181,7 @@ def test_scores_do_not_depend_on_the_batch_size(checkpoint: Path, tmp_path: Path
     from bench import api, report, suite
 
     listed = suite.load("quickstart").explainers
-    explainers = [f"{name}[{adapters.registry.find(name).quick}]".replace("[]", "") for name in listed]
+    explainers = [adapters.quick(name).spec for name in listed]
     chosen = suite.load(
         "quickstart", models=[str(checkpoint)], explainers=explainers, metrics=metrics.registry.names(), samples=4
     )

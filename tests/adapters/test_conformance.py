@@ -13,21 +13,17 @@ from adapters.conformance import Finding
 NAMES = adapters.registry.names()
 
 
-def quick(name: str) -> Explainer:
-    return adapters.get(f"{name}[{adapters.registry.find(name).quick}]")
-
-
 @pytest.mark.parametrize("model", conformance.MODELS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_explainer_keeps_the_contract(name: str, model: str) -> None:
-    findings = list(conformance.check(quick(name), (model,)))
+    findings = list(conformance.check(adapters.quick(name), (model,)))
     assert [finding for finding in findings if finding.verdict == "broken"] == []
     assert len(findings) in (1, len(conformance.CHECKS))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_explainer_serves_one_of_the_models(name: str) -> None:
-    reasons = [quick(name).supports(conformance.build(model)) for model in conformance.MODELS]
+    reasons = [adapters.quick(name).supports(conformance.build(model)) for model in conformance.MODELS]
     assert None in reasons
 
 

@@ -119,7 +119,7 @@ def test_masks_show_the_share_p_and_are_drawn_in_several_batches() -> None:
 
 @pytest.mark.parametrize("name", QUERIES)
 def test_targets_of_an_image_share_its_queries_and_keep_their_maps(name: str) -> None:
-    explainer = adapters.get(f"{name}[{adapters.registry.find(name).quick}]")
+    explainer = adapters.quick(name)
     model, images = build().double(), blotches(32, 32)
     images = torch.cat([images, images, images.flip(3)])
     asked: list[int] = []

@@ -12,7 +12,7 @@ from adapters import conformance
 from adapters.recording import Recording, SinglePass, explain_together, shareable
 from explainer_bench import RequestError
 
-METHODS = [adapters.get(f"{name}[{cls.quick}]") for name, cls in adapters.registry.classes.items()]
+METHODS = [adapters.quick(name) for name in adapters.registry.names()]
 
 
 def sharing(model: nn.Module, half_precision: bool = True) -> list[SinglePass]:
