@@ -15,7 +15,7 @@ from leaderboards import statistics
 from leaderboards.aggregate import build_model
 
 CORE_GROUPS = ("faithfulness", "localization", "compactness", "class_sensitivity")
-GROUPS = (*CORE_GROUPS, "robustness", "randomization")
+GROUPS = (*CORE_GROUPS, "robustness", "randomization", "axiomatic")
 STATUSES = ("ok", "incomplete", "failed", "unsupported")
 RUN_COLUMNS = ("seed", "device", "precision", "quantus", "torch", "explainer_bench", "git", "utc")
 _LONG = (

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from explainer_bench import Component
+
+
+GROUPS = (
+    "faithfulness",
+    "localization",
+    "compactness",
+    "class_sensitivity",
+    "robustness",
+    "randomization",
+    "axiomatic",
+)
+
+
+class Reexplain(Protocol):
+    """The samples' explainer, for metrics that explain again, on other images or on another model."""
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return (M, H, W) float64 maps of `images` (M, C, H, W) for `targets` (M,).
+
+        `rows` (M,) says which sample each image was made from: some explainers need to know (its ROI prior, say).
+        The model is left as it was.
+        """
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,19 @@ class Samples:
         Perturbed images per forward pass; changes memory and speed, never a score.
     explain : callable, optional
         ``explain(classes (N,) int) -> (N, H, W)``: the same explainer's maps of the same images for other classes.
+    reexplain : Reexplain, optional
+        The explainer itself, at the input's resolution.
+    labels : ndarray, optional
+        (N,) int, the true classes.
+    roi_of : callable, optional
+        ``roi_of(classes (N,) int) -> (N, H, W) bool``: each sample's ROI for another class, all False without one.
+    mosaics : callable, optional
+        ``mosaics() -> (images (N, C, H, W), own (N, H, W) bool)``: for each sample a mosaic of images, and the part of
+        it that shows the sample's target; all False where there is none.
+    black : Tensor, optional
+        (C,), what a black pixel is in `inputs`.
+    precision : "fp32" or "bf16"
+        How perturbed images go through the model; maps and everything else are not touched.
     shared : dict
         Results that do not depend on the explainer, kept for all explainers of these images (see `once`).
     whole, rows
@@ -55,27 +90,54 @@ class Samples:
     patch: tuple[int, int]
     batch_size: int = 16
     explain: Callable[[np.ndarray], np.ndarray] | None = None
-    shared: dict[Hashable, np.ndarray] = field(default_factory=dict)
-    whole: Samples | None = None
+    reexplain: Reexplain | None = None
+    labels: np.ndarray | None = None
+    roi_of: Callable[[np.ndarray], np.ndarray] | None = None
+    mosaics: Callable[[], tuple[Tensor, np.ndarray]] | None = None
+    black: Tensor | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    whole: Samples | None = field(default=None, repr=False)
     rows: np.ndarray | None = None
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # `replace` starts a new one
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: np.ndarray) -> Samples:
         """Return the samples at `rows`; what is `shared` stays so."""
-        assert self.whole is None, "take from the whole"
-        explain = self.explain
+        return self.keep(("take", rows.tobytes()), lambda: self._take(rows))
 
-        def explain_rows(classes: np.ndarray) -> np.ndarray:
+    def _take(self, rows: np.ndarray) -> Samples:
+        names = "targets", "maps", "roi", "logits", "seeds", "labels"
+        arrays = {name: array[rows] for name in names if (array := getattr(self, name)) is not None}
+        by_class = {name: self._of_classes(getattr(self, name), rows) for name in ("explain", "roi_of")}
+        again, mosaics = self.reexplain, self.mosaics
+        return replace(
+            self,
+            inputs=self.inputs[torch.as_tensor(rows, device=self.inputs.device)],
+            reexplain=again and (lambda model, images, targets, of: again(model, images, targets, rows[of])),
+            mosaics=mosaics and (lambda: tuple(part[rows] for part in mosaics())),
+            whole=self.whole or self,
+            rows=rows if self.rows is None else self.rows[rows],
+            **arrays,
+            **by_class,
+        )
+
+    def _of_classes(self, function: Callable[[np.ndarray], np.ndarray] | None, rows: np.ndarray) -> Any:
+        def at_rows(classes: np.ndarray) -> np.ndarray:
             full = self.targets.copy()
             full[rows] = classes
-            assert explain is not None
-            return explain(full)[rows]
+            assert function is not None
+            return function(full)[rows]
 
-        arrays = {name: getattr(self, name)[rows] for name in ("targets", "maps", "roi", "logits", "seeds")}
-        inputs = self.inputs[torch.as_tensor(rows, device=self.inputs.device)]
-        return replace(self, inputs=inputs, explain=explain and explain_rows, whole=self, rows=rows, **arrays)
+        return function and at_rows
+
+    def keep(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return ``compute()``, computed once for all metrics that look at these maps."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
 
     def once(self, key: Hashable, compute: Callable[[Samples], np.ndarray]) -> np.ndarray:
         """Return ``compute(samples)``, one row per sample, computed once for all explainers of these images.
@@ -102,11 +164,16 @@ class Metric(Component):
     the metric is undefined, says why, and hands `score` only batches it can score.
     """
 
-    group: ClassVar[str] = ""  # faithfulness, localization, compactness, class_sensitivity, randomization, robustness
+    group: ClassVar[str] = ""  # one of GROUPS
+    formula: ClassVar[str] = ""  # in plain text; what its card shows, as the four that follow
+    rewards: ClassVar[str] = ""  # what a good score means
+    fooled_by: ClassVar[str] = ""  # which worthless maps score well
+    deviation: ClassVar[str] = ""  # from Quantus 0.6.0, where it has the metric
     higher_is_better: ClassVar[bool] = True
     bounds: ClassVar[tuple[float, float]] = (-np.inf, np.inf)
     chance: ClassVar[float | None] = None  # expected score of a random map, where it does not depend on the sample
     sign_policy: ClassVar[str] = "signed"  # signed, positive or absolute: what `score` makes of negative attributions
+    scale_invariant: ClassVar[bool] = True  # maps times a positive number score the same
     needs_roi: ClassVar[bool] = False
     undefined_on_constant: ClassVar[bool] = True
     expensive: ClassVar[bool] = False  # needs forward passes of the model
@@ -145,6 +212,10 @@ class Metric(Component):
                 reasons.append("")
         return reasons
 
+    def defined(self, samples: Samples) -> Samples:
+        """Return the samples that `score` gets to see."""
+        return _at(samples, np.flatnonzero([not reason for reason in self.undefined(samples)]))
+
     def __call__(self, samples: Samples) -> Scores:
         """Score every sample.
 
@@ -162,13 +233,17 @@ class Metric(Component):
         values = np.full(len(samples), np.nan)
         rows = np.flatnonzero([not reason for reason in reasons])
         if len(rows):
-            scores = np.asarray(self.score(samples if len(rows) == len(samples) else samples.take(rows)))
+            scores = np.asarray(self.score(_at(samples, rows)))
             if scores.shape != rows.shape:
                 raise ValueError(f"{self.name} returned {scores.shape}, not one score for each of {len(rows)} samples")
             values[rows] = scores
         for row in rows[~np.isfinite(values[rows])]:
             values[row], reasons[row] = np.nan, self.undefined_reason
         return Scores(values, reasons)
+
+
+def _at(samples: Samples, rows: np.ndarray) -> Samples:
+    return samples if len(rows) == len(samples) else samples.take(rows)
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:

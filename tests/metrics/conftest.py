@@ -56,6 +56,15 @@ def class_maps(rng: np.random.Generator, n: int) -> np.ndarray:
     return tokens.repeat(PATCH, 2).repeat(PATCH, 3) + 0.05 * rng.standard_normal((n, CLASSES, SIDE, SIDE))
 
 
+def input_x_gradient(model: nn.Module, images: Tensor, targets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Explain again, as `Samples.reexplain`: deterministic, signed, image by image."""
+    with torch.enable_grad():
+        images = images.detach().clone().requires_grad_()
+        chosen = model(images).gather(1, torch.as_tensor(targets).long()[:, None]).sum()
+        (gradient,) = torch.autograd.grad(chosen, images)
+    return (images * gradient).sum(1).detach().double().numpy()
+
+
 @pytest.fixture
 def make_samples(classifier: nn.Module) -> Callable[..., Samples]:
     """Samples of a small RGB classifier; keyword arguments replace their fields."""
@@ -67,6 +76,8 @@ def make_samples(classifier: nn.Module) -> Callable[..., Samples]:
         targets = rng.integers(CLASSES, size=n)
         roi = np.zeros((n, SIDE, SIDE), dtype=bool)
         roi[:, 3:11, 5:14] = True
+        other_roi = rng.random((n, CLASSES, 1, 1)) < np.indices((SIDE, SIDE)).sum(0) / 20
+        mosaic = rng.permuted(np.repeat([[True, False]], n, axis=0).repeat(2, 1), axis=1).reshape(n, 2, 2)
         with torch.no_grad():
             logits = classifier(inputs).double().numpy()
         samples = Samples(
@@ -79,6 +90,11 @@ def make_samples(classifier: nn.Module) -> Callable[..., Samples]:
             seeds=rng.integers(2**32, size=n).astype(np.uint32),
             patch=(PATCH, PATCH),
             explain=lambda classes: maps[np.arange(n), classes],
+            reexplain=input_x_gradient,
+            labels=rng.integers(CLASSES, size=n),
+            roi_of=lambda classes: other_roi[np.arange(n), classes],
+            mosaics=lambda: (inputs.flip(-1), mosaic.repeat(SIDE // 2, 1).repeat(SIDE // 2, 2)),
+            black=torch.full((3,), -3.0),
         )
         return replace(samples, **changes)  # type: ignore[arg-type]
 

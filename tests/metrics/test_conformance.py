@@ -12,8 +12,8 @@ import torch
 import metrics
 from explainer_bench import RequestError
 from metrics import Metric, Samples
+from metrics.base import GROUPS
 
-GROUPS = {"faithfulness", "localization", "compactness", "class_sensitivity", "randomization", "robustness"}
 Make = Callable[..., Samples]
 Subset = Callable[[Samples, list[int]], Samples]
 
@@ -27,6 +27,7 @@ def test_states_its_constants(metric: Metric) -> None:
     assert metric.group in GROUPS
     assert metric.sign_policy in {"signed", "positive", "absolute"}
     assert metric.reference and metric.version and metric.__doc__
+    assert metric.formula and metric.rewards and metric.fooled_by
     assert metric.bounds[0] < metric.bounds[1]
 
 
@@ -93,10 +94,17 @@ def test_scoring_leaves_inputs_and_generators_as_they_were(metric: Metric, make_
 
 
 def test_scale_of_the_map_does_not_matter(metric: Metric, make_samples: Make) -> None:
+    if not metric.scale_invariant:
+        pytest.skip(f"{metric.name} depends on the scale of the map, by definition")
     samples = make_samples()
-    explain = samples.explain
-    assert explain
-    scaled = replace(samples, maps=samples.maps * 64, explain=lambda classes: explain(classes) * 64)
+    explain, again = samples.explain, samples.reexplain
+    assert explain and again
+    scaled = replace(
+        samples,
+        maps=samples.maps * 64,
+        explain=lambda classes: explain(classes) * 64,
+        reexplain=lambda *args: again(*args) * 64,
+    )
     np.testing.assert_allclose(metric(scaled).values, metric(samples).values, rtol=1e-5)
 
 
