@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import metrics
 from explainer_bench import RequestError
 from metrics import Samples
-from metrics.faithfulness import removal_counts
+from metrics.curves import removal_counts
 from metrics.quantus_bridge import evaluate
 
 Make = Callable[..., Samples]
