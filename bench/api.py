@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -68,6 +69,7 @@ def run(
     shard: tuple[int, int] = (1, 1),
     stages: Sequence[str] | None = None,
     fresh: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
     progress: Progress = lambda *_: None,
 ) -> Result:
     """Compute a suite, or what is missing of it, into a folder.
@@ -90,6 +92,9 @@ def run(
         Only these of predict, explain, score; then no boards are made.
     fresh : bool
         Compute finished cells again.
+    precision : "fp32" or "bf16"
+        How perturbed images go through the model when metrics ask it; faster and a little different in bf16.
+        Predictions and explanations are always fp32.
     progress : callable
         ``progress(stage, done, total)``; one step is one explainer on one shard.
 
@@ -102,7 +107,7 @@ def run(
     out = Path(out)
     chosen = suites.load(suite) if isinstance(suite, str) else suite
     root = Path(data_root) if data_root is not None else None
-    this = Run(chosen, out, root, choose_device(device), batch_size, shard, fresh)
+    this = Run(chosen, out, root, choose_device(device), batch_size, shard, fresh, precision)
     this.execute(tuple(stages) if stages else STAGES, progress)
     reports.write_plan(this)
     if stages or not any(out.glob("scores/**/*.parquet")):

@@ -51,6 +51,13 @@ class Stage(StrEnum):
     score = "score"
 
 
+class Precision(StrEnum):
+    """What perturbed images are computed in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 def main() -> None:
     """Run the command line: exit code 0 = done, 1 = some cells failed, 2 = the request was wrong."""
     try:
@@ -82,6 +89,7 @@ def run(
     samples: Annotated[int | None, typer.Option(min=1, help="Images per data set.")] = None,
     data_root: DataRoot = None,
     device: Device = "auto",
+    precision: Annotated[Precision, typer.Option(help="Of the perturbed images' forward passes.")] = Precision.fp32,
     batch_size: Annotated[int, typer.Option(min=1, help="Perturbed images per forward pass; no score changes.")] = 16,
     shard: Annotated[str, typer.Option(help="i/n: compute only the i-th of n parts, for job arrays.")] = "1/1",
     output: Annotated[Path | None, typer.Option("--out", help="Folder; runs/SUITE by default.")] = None,
@@ -113,6 +121,7 @@ def run(
             shard=_fraction(shard),
             stages=(stage.value,) if stage else None,
             fresh=fresh,
+            precision=precision.value,
             progress=progress,
         )
     out.print(_counts(result.counts), highlight=False)

@@ -89,7 +89,7 @@ def _constants(run: Run) -> dict[str, Any]:
     return {
         "seed": run.suite.seed,
         "device": run.device.type,
-        "precision": "fp32",
+        "precision": run.precision,
         "quantus": importlib.metadata.version("quantus"),
         "torch": torch.__version__,
         "explainer_bench": explainer_bench.__version__,

@@ -6,15 +6,15 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import adapters
 import leaderboards
@@ -27,9 +27,11 @@ from bench.problem import Problem, Shard
 from bench.store import Store, identity, key
 from bench.suite import Suite
 from explainer_bench import Component, RequestError
-from metrics import Metric, Samples
+from metrics import Metric, Samples, perturbation
+from metrics.base import Reexplain
 
 STAGES = ("predict", "explain", "score")
+TOGETHER = 8  # explainers whose perturbed images go through the model in one stream; bounds the maps in memory
 Wanted = dict[str, tuple[Explainer, np.ndarray]]  # cell: whose maps for which classes
 Progress = Callable[[str, int, int], None]  # stage, done, total: one step is one explainer on one shard
 
@@ -81,6 +83,8 @@ class Run:
         ``(i, n)``: compute only every n-th shard of samples, starting with the i-th (from 1).
     fresh : bool
         Compute finished cells again.
+    precision : "fp32" or "bf16"
+        How perturbed images go through the model. Predictions and explanations are always fp32.
 
     Raises
     ------
@@ -95,6 +99,7 @@ class Run:
     batch_size: int = 16
     shard: tuple[int, int] = (1, 1)
     fresh: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         self.explainers = _unique([adapters.get(spec) for spec in self.suite.explainers])
@@ -287,36 +292,41 @@ class Run:
         """Return the cell of one metric's scores of one explainer on a shard."""
         cells = [self.explanation_cell(problem, shard, explainer, c) for c in known.classes(explainer, metric)]
         maps = [cell.rpartition("/")[2] for cell in cells]
-        hashed = key(maps, identity(metric), self.suite.seed, problem.model.patch)
+        context = [problem.dataset.fingerprint] if metric.needs_mosaics else []
+        context += [self.precision] if metric.expensive and self.precision != "fp32" else []
+        hashed = key(maps, identity(metric), self.suite.seed, problem.model.patch, context)
         return self.store.path("scores", *problem.names, explainer.spec, metric.spec, key=hashed)
 
     def _score(self, problem: Problem, shard: Shard) -> Iterator[None]:
         known = self.known(problem, shard)
-        shared: dict[Any, np.ndarray] = {}
-        for explainer in self.supported(problem):
-            cells = {self.score_cell(problem, shard, explainer, metric, known): metric for metric in self.metrics}
-            missing = {c: metric for c, metric in cells.items() if not self._is_done("scores", c, "parquet")}
-            if missing:
-                self._score_cells(problem, shard, explainer, known, shared, missing)
-            yield
+        shared: dict[Any, Any] = {}
+        explainers = self.supported(problem)
+        for start in range(0, len(explainers), TOGETHER):
+            some = explainers[start : start + TOGETHER]
+            jobs = [list(self._score_jobs(problem, shard, explainer, known, shared)) for explainer in some]
+            # Whatever goes wrong here goes wrong again in the cell at fault, and is recorded there.
+            with suppress(Exception):
+                perturbation.prefetch((metric, samples) for of_one in jobs for _, metric, samples in of_one)
+            for of_one in jobs:
+                for cell, metric, samples in of_one:
+                    self._score_cell(cell, shard, metric, samples)
+                yield
 
-    def _score_cells(
-        self,
-        problem: Problem,
-        shard: Shard,
-        explainer: Explainer,
-        known: Known,
-        shared: dict[Any, np.ndarray],
-        cells: dict[str, Metric],
-    ) -> None:
+    def _score_jobs(
+        self, problem: Problem, shard: Shard, explainer: Explainer, known: Known, shared: dict[Any, Any]
+    ) -> Iterator[tuple[str, Metric, Samples]]:
+        """Yield the scores that one explainer lacks on a shard, and what they are computed from."""
+        cells = {self.score_cell(problem, shard, explainer, metric, known): metric for metric in self.metrics}
+        missing = {c: metric for c, metric in cells.items() if not self._is_done("scores", c, "parquet")}
+        if not missing:
+            return
         try:
             samples = self.samples(problem, shard, explainer, known, shared)
         except FileNotFoundError:  # its maps failed, and so do its scores, older ones included
-            self.store.drop(cells)
-            self.done["scores failed"] += len(cells)
+            self.store.drop(missing)
+            self.done["scores failed"] += len(missing)
             return
-        for cell, metric in cells.items():
-            self._score_cell(cell, shard, metric, samples)
+        yield from ((cell, metric, samples) for cell, metric in missing.items())
 
     def _score_cell(self, cell: str, shard: Shard, metric: Metric, samples: Samples) -> None:
         try:
@@ -329,6 +339,8 @@ class Run:
                 "chance": metric.chance_level(samples),
             }
             table = pd.DataFrame(columns)
+        except ModelChangedError:
+            raise
         except Exception as error:
             self.store.fail(cell, error)
             self.done["scores failed"] += 1
@@ -342,7 +354,7 @@ class Run:
         return explainer.upsample(torch.from_numpy(native), problem.model.input_size)
 
     def samples(
-        self, problem: Problem, shard: Shard, explainer: Explainer, known: Known, shared: dict[Any, np.ndarray]
+        self, problem: Problem, shard: Shard, explainer: Explainer, known: Known, shared: dict[Any, Any]
     ) -> Samples:
         """Return what the metrics may look at; the further classes' maps are read, never explained again."""
         stored = {
@@ -367,8 +379,22 @@ class Run:
             patch=problem.model.patch,
             batch_size=self.batch_size,
             explain=explain,
+            reexplain=self._reexplain(problem, shard, explainer),
+            labels=np.array([sample.label for sample in shard.samples]),
+            roi_of=shard.roi,
+            black=problem.model.normalise(torch.zeros(3, 1, 1)).flatten(),
+            precision=self.precision,
             shared=shared,
         )
+
+    def _reexplain(self, problem: Problem, shard: Shard, explainer: Explainer) -> Reexplain:
+        def reexplain(model: nn.Module, images: Tensor, targets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            context = problem.context(explainer, shard)
+            if "roi_prior" in context:
+                context["roi_prior"] = context["roi_prior"][rows]
+            return explainer(model, images, targets, seed=self.suite.seed, **context)[:, 0].astype(float)
+
+        return reexplain
 
 
 def _companies(explainers: list[Explainer]) -> list[list[Explainer]]:

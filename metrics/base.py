@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from explainer_bench import Component
 
-
 GROUPS = (
     "faithfulness",
     "localization",
@@ -117,7 +116,7 @@ class Samples:
             self,
             inputs=self.inputs[torch.as_tensor(rows, device=self.inputs.device)],
             reexplain=again and (lambda model, images, targets, of: again(model, images, targets, rows[of])),
-            mosaics=mosaics and (lambda: tuple(part[rows] for part in mosaics())),
+            mosaics=mosaics and (lambda: _both_at(mosaics(), rows)),
             whole=self.whole or self,
             rows=rows if self.rows is None else self.rows[rows],
             **arrays,
@@ -175,6 +174,7 @@ class Metric(Component):
     sign_policy: ClassVar[str] = "signed"  # signed, positive or absolute: what `score` makes of negative attributions
     scale_invariant: ClassVar[bool] = True  # maps times a positive number score the same
     needs_roi: ClassVar[bool] = False
+    needs_mosaics: ClassVar[bool] = False
     undefined_on_constant: ClassVar[bool] = True
     expensive: ClassVar[bool] = False  # needs forward passes of the model
     undefined_reason: ClassVar[str] = "not finite"  # what it means where `score` gives NaN
@@ -240,6 +240,10 @@ class Metric(Component):
         for row in rows[~np.isfinite(values[rows])]:
             values[row], reasons[row] = np.nan, self.undefined_reason
         return Scores(values, reasons)
+
+
+def _both_at(pair: tuple[Tensor, np.ndarray], rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    return pair[0][torch.as_tensor(rows, device=pair[0].device)], pair[1][rows]
 
 
 def _at(samples: Samples, rows: np.ndarray) -> Samples:

@@ -151,7 +151,9 @@ class Passes:
 
     def _want(self, rows: np.ndarray, removal: Removal) -> tuple[_Table, np.ndarray]:
         n, steps, features = removal.removed.shape
-        digest = b"" if removal.segments is None else hashlib.blake2b(removal.segments, digest_size=16).digest()
+        digest = (
+            b"" if removal.segments is None else hashlib.blake2b(removal.segments.tobytes(), digest_size=16).digest()
+        )
         table = self._tables.setdefault((removal.imputer, digest), _Table(features=features))
         if removal.segments is not None:
             table.segments.update(zip(rows.tolist(), removal.segments, strict=True))

@@ -30,11 +30,11 @@ class TokenModel:
     @classmethod
     def of(cls, model: nn.Module, patch: tuple[int, int]) -> TokenModel | None:
         """Return the model, if it is known to the last detail and its patches are those of the metric."""
-        if type(model) is not VisionTransformer or "forward" in vars(model) or type(model.patch_embed) is not PatchEmbed:
+        if type(model) is not VisionTransformer or "forward" in vars(model):
             return None
-        embed = model.patch_embed
-        plain = embed.proj.stride == embed.proj.kernel_size == tuple(patch) and embed.flatten
-        plain = plain and not model.dynamic_img_size and not embed.dynamic_img_pad and not _hooked(embed)
+        embed: Any = model.patch_embed
+        plain = type(embed) is PatchEmbed and embed.proj.stride == embed.proj.kernel_size == tuple(patch)
+        plain = plain and embed.flatten and not model.dynamic_img_size and not _hooked(embed)
         return cls(model) if plain else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ def drop_tokens(model: nn.Module, images: Tensor, kept: Tensor) -> Tensor:
         If the model is no such ViT.
     """
     vit = next((m for m in model.modules() if isinstance(m, VisionTransformer)), None)
-    if vit is None or vit.num_prefix_tokens == 0 and not kept.any():
-        raise RequestError("the imputer token_removal needs a timm Vision Transformer (with a class token): choose another.")
+    if vit is None or (vit.num_prefix_tokens == 0 and not kept.any()):
+        raise RequestError("the imputer token_removal needs a timm ViT with a class token: choose another imputer.")
     places = kept.nonzero()[:, 1].view(len(kept), -1) + vit.num_prefix_tokens
     prefix = torch.arange(vit.num_prefix_tokens, device=places.device).expand(len(kept), -1)
     index = torch.cat([prefix, places], dim=1)[..., None]
