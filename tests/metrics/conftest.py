@@ -35,6 +35,23 @@ class HookedAttention(nn.Module):
         return self.head((tokens + attention @ value).mean(1))
 
 
+class Linear(nn.Module):
+    """Logits that are weighted sums of the pixels: replacing a patch changes each by a known amount."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.einsum("nchw,kchw->nk", inputs, self.weights)
+
+
+def per_patch(values: np.ndarray, side: int = 4) -> np.ndarray:
+    """Sum (N, H, W) over patches: (N, P)."""
+    n, height, width = values.shape
+    return values.reshape(n, height // side, side, width // side, side).sum((2, 4)).reshape(n, -1)
+
+
 @pytest.fixture
 def hooked() -> nn.Module:
     torch.manual_seed(0)
@@ -99,6 +116,17 @@ def make_samples(classifier: nn.Module) -> Callable[..., Samples]:
         return replace(samples, **changes)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def linear(make_samples: Callable[..., Samples]) -> tuple[Samples, np.ndarray]:
+    """Samples of a linear model, and the true drop (N, H, W) of the target's logit when a pixel goes grey (0)."""
+    weights = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    samples, model = make_samples(), Linear(weights)
+    inputs = samples.inputs.double()
+    inputs -= inputs.mean((2, 3), keepdim=True)  # so that "mean" replaces by 0
+    drops = (inputs * weights[samples.targets]).sum(1).numpy()
+    return replace(samples, model=model, inputs=inputs, logits=model(inputs).numpy()), drops
 
 
 @pytest.fixture
