@@ -154,27 +154,43 @@ def read(folder: Path) -> Report:
     RequestError
         If `folder` holds no run.
     """
-    store = Store(folder)
-    if not (folder / "plan.json").is_file():
-        raise RequestError(f"{folder} holds no plan.json: name the output folder of a run.")
-    plan = store.read_json("plan.json")
+    store, plan = _open(folder)
     cells = pd.DataFrame(plan["cells"])
     cells["error"] = [_error(store, cell) for cell in plan["cells"]]
     cells["done"] = [store.exists(cell, "parquet") for cell in cells["scores"]]
-    scores = [
-        store.read_table(cell["scores"]).assign(**_names(cell)) for cell in cells[cells["done"]].to_dict("records")
-    ]
-    if not scores:
-        raise RequestError(f"{folder} holds no finished scores: run the suite, or see {folder / 'failures'}.")
+    scores = _scores(store, plan)
     failed = cells[cells["error"] != ""]
     by_metric = cells.groupby(["dataset", "model", "metric"])
     broken = by_metric["done"].transform("sum").eq(0) & by_metric["error"].transform("min").ne("")
     explainers = [_explainer_row(store, row, cells, broken) for row in plan["explainers"]]
-    boards = leaderboards.build(
-        pd.concat(scores, ignore_index=True), pd.DataFrame(plan["metrics"]), pd.DataFrame(explainers), _run(plan["run"])
-    )
+    boards = leaderboards.build(scores, pd.DataFrame(plan["metrics"]), pd.DataFrame(explainers), _run(plan["run"]))
     done = int(cells["done"].sum())
     return Report(boards, done, len(cells) - done - len(failed), _failure_lines(failed, broken))
+
+
+def scores(folder: Path) -> pd.DataFrame:
+    """Return every score of a run: ``dataset, model, explainer, metric, sample, group, value, reason, chance``.
+
+    Raises
+    ------
+    RequestError
+        If `folder` holds no finished scores.
+    """
+    return _scores(*_open(folder))
+
+
+def _open(folder: Path) -> tuple[Store, dict[str, Any]]:
+    if not (folder / "plan.json").is_file():
+        raise RequestError(f"{folder} holds no plan.json: name the output folder of a run.")
+    store = Store(folder)
+    return store, store.read_json("plan.json")
+
+
+def _scores(store: Store, plan: Mapping[str, Any]) -> pd.DataFrame:
+    cells = [cell for cell in plan["cells"] if store.exists(cell["scores"], "parquet")]
+    if not cells:
+        raise RequestError(f"{store.root} holds no finished scores: run the suite, or see {store.root / 'failures'}.")
+    return pd.concat([store.read_table(cell["scores"]).assign(**_names(cell)) for cell in cells], ignore_index=True)
 
 
 def _failure_lines(failed: pd.DataFrame, broken: pd.Series) -> list[str]:

@@ -1,16 +1,21 @@
-"""Write explainers.md, one card per explainer, from what the explainers say of themselves."""
+"""Write explainers.md and metrics.md, one card per component, from what the components say of themselves."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import adapters
+import metrics
 from adapters import Explainer, conformance
+from explainer_bench import Component
+from metrics import Metric
+from metrics.base import GROUPS
 
-PAGE = Path(__file__).with_name("explainers.md")
-HEAD = """# Explainers
+FOLDER = Path(__file__).parent
+EXPLAINERS = """# Explainers
 
 One card per explainer, written by `python docs/cards.py` from the sources. *Cost* counts passes through the model per
 image at the default parameters, a forward and a backward pass 1 each (forward equivalents, FE); what was measured is
@@ -18,34 +23,77 @@ in [What explainers cost](explainer-costs.md). *Serves* was found by asking each
 ViT, one with registers and a grid that is not square, one whose head reads the mean of its tokens, a distilled DeiT,
 and a ResNet.
 """
+METRICS = """# Metrics
 
+One card per metric, written by `python docs/cards.py` from the sources. Every score belongs to one image; where a
+metric is undefined it is NaN with a reason, never a number. *Chance* is the expected score of a random map.
+[Which metrics to trust](which-metrics.md) says what they are worth, measured; [Deviations from
+Quantus](quantus-deviations.md) shows where Quantus 0.6.0 computes something else and why we do not. Any other metric of
+Quantus runs by its own name, such as `quantus:Infidelity`, one image at a time.
 
+What takes the place of removed pixels (*imputer*) is part of a metric's name where it is not the default: `mean` (the
+image's mean colour), `zero` (zero after normalisation), `black` (the image's lowest value, which is what Quantus calls
+black), `black_pixel` (a black pixel before normalisation), `blur` (the image blurred), `road` (noisy linear
+interpolation from the pixels left) and, for Vision Transformers, `token_removal` (the token leaves the sequence after
+the positional embedding, and the sequence really is shorter).
+"""
 HEADINGS = {
     "attention_gradient": "Attention and gradient",
     "cam": "Class activation maps",
     "cdam": "CDAM",
     "lrp": "Relevance propagation",
+    "class_sensitivity": "Class sensitivity",
 }
 
 
-def card(explainer: Explainer) -> str:
-    """Return one explainer's card in Markdown."""
-    text = (inspect.getdoc(type(explainer)) or "").replace("``", "`")
+def card(component: Component, facts: Mapping[str, str]) -> str:
+    """Return one component's card in Markdown: its docstring, then a list of facts."""
+    text = (inspect.getdoc(type(component)) or "").replace("``", "`")
+    lines = [f"- **{fact}**: {value}" for fact, value in facts.items() if value]
+    return "\n".join([f"### {component.name}", "", text, "", *lines, ""])
+
+
+def of_explainer(explainer: Explainer) -> dict[str, str]:
+    """Return the facts on an explainer's card."""
     asked = {name: explainer.supports(conformance.build(name)) for name in conformance.MODELS}
     serves = ", ".join(name for name, reason in asked.items() if reason is None)
     reasons = {reason: [n for n, other in asked.items() if other == reason] for reason in asked.values() if reason}
     refused = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-    facts = {
+    return {
         "Map": _map(explainer),
         "Cost": f"{explainer.cost:.4g} FE",
-        "Parameters": ", ".join(f"`{name}={value!r}`" for name, value in explainer.params.items()),
+        "Parameters": _parameters(explainer),
         "Serves": serves,
         "Refuses": refused,
         "Reference": explainer.reference,
         "Licence": explainer.licence,
     }
-    lines = [f"- **{fact}**: {value}" for fact, value in facts.items() if value]
-    return "\n".join([f"### {explainer.name}", "", text, "", *lines, ""])
+
+
+def of_metric(metric: Metric) -> dict[str, str]:
+    """Return the facts on a metric's card."""
+    low, high = (f"{bound:g}" for bound in metric.bounds)
+    return {
+        "Formula": f"`{metric.formula}`",
+        "Better": f"{'higher' if metric.higher_is_better else 'lower'}, in [{low}, {high}]",
+        "Chance": "depends on the image" if metric.chance is None else f"{metric.chance:g}",
+        "Rewards": metric.rewards,
+        "Fooled by": metric.fooled_by,
+        "Sign": {
+            "signed": "negative attributions count as negative",
+            "positive": "negative attributions count as zero",
+            "absolute": "attributions count by their absolute value",
+        }[metric.sign_policy],
+        "Scale": "" if metric.scale_invariant else "the scale of the map matters",
+        "Parameters": _parameters(metric),
+        "Quantus": metric.deviation,
+        "Reference": metric.reference,
+        "Version": metric.version,
+    }
+
+
+def _parameters(component: Component) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in component.params.items())
 
 
 def _map(explainer: Explainer) -> str:
@@ -57,14 +105,23 @@ def _map(explainer: Explainer) -> str:
     return ", ".join(words)
 
 
-def page() -> str:
-    """Return the whole page."""
+def pages() -> dict[Path, str]:
+    """Return every page with its text."""
     explainers = sorted((adapters.get(name) for name in adapters.registry.names()), key=lambda e: (e.family, e.name))
-    parts = [HEAD]
-    for family, members in itertools.groupby(explainers, key=lambda e: e.family):
-        parts += [f"## {HEADINGS.get(family, family.capitalize())}\n", *map(card, members)]
+    scored = sorted((metrics.get(name) for name in metrics.registry.names()), key=lambda m: GROUPS.index(m.group))
+    return {
+        FOLDER / "explainers.md": _page(EXPLAINERS, explainers, lambda e: e.family, of_explainer),
+        FOLDER / "metrics.md": _page(METRICS, scored, lambda m: m.group, of_metric),
+    }
+
+
+def _page(head: str, components: list, heading: Callable, facts: Callable) -> str:
+    parts = [head]
+    for name, members in itertools.groupby(components, key=heading):
+        parts += [f"## {HEADINGS.get(name, name.capitalize())}\n", *(card(member, facts(member)) for member in members)]
     return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for path, text in pages().items():
+        path.write_text(text)

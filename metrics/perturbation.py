@@ -176,36 +176,36 @@ class Passes:
     def _stream(self, imputer: str, table: _Table) -> np.ndarray:
         """Return (M, 4): the outputs of the pending removals of one table."""
         rows, packed = np.array(table.rows), np.stack(table.masks)
-        kept = table.features - np.bitwise_count(packed).sum(axis=1, dtype=int)
-        # sequences of one batch have to be equally long
-        groups = [np.flatnonzero(kept == n) for n in np.unique(kept)] if imputer == "token_removal" else [slice(None)]
-        values = np.empty((len(rows), 4))
         with self._forward(imputer, table) as forward:
-            for group in groups:
-                # a tensor of its own per batch: nothing waits for the device until all is under way
-                def run(index: Tensor, rows: np.ndarray = rows[group], packed: np.ndarray = packed[group]) -> Tensor:
-                    chosen = rows[index.numpy()]
-                    masks = np.unpackbits(packed[index.numpy()], axis=1, count=table.features).astype(bool)
-                    return self._read(forward(self._moved(chosen), self._moved(masks)), chosen)
 
-                index = torch.arange(len(rows[group]))
-                values[group] = in_batches(run, index, self.samples.batch_size).cpu().numpy()
+            def run(index: Tensor) -> Tensor:
+                chosen = self._moved(rows[index.numpy()])
+                masks = np.unpackbits(packed[index.numpy()], axis=1, count=table.features).astype(bool)
+                return self._read(forward(chosen, self._moved(masks)), chosen)
+
+            values = np.empty((len(rows), 4))
+            for group in _equally_long(packed) if imputer == "token_removal" else [np.arange(len(rows))]:
+                values[group] = in_batches(run, torch.from_numpy(group), self.samples.batch_size).cpu().numpy()
         return values
 
     def _moved(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.samples.inputs.device, non_blocking=True)
 
-    def _read(self, logits: Tensor, rows: np.ndarray) -> Tensor:
+    @cached_property
+    def _classes(self) -> Tensor:
+        """(N, 2): each image's target and its rival."""
+        targets = self.samples.targets
+        return self._moved(np.stack([targets, rivals(self.samples.logits, targets)], axis=1)).long()
+
+    def _read(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Return (B, 4) of the logits (B, K) of the samples at `rows`."""
-        samples, logits = self.samples, logits.double()
         if len(logits) != len(rows) or logits.ndim != 2:
             raise RequestError(f"the model returns {tuple(logits.shape)} for {len(rows)} images, not logits (N, K).")
-        targets = samples.targets[rows]
-        pair = np.stack([targets, rivals(samples.logits[rows], targets)], axis=1)
-        read = logits.gather(1, self._moved(pair).long())
+        logits = logits.double()
+        pair = logits.gather(1, self._classes[rows])
         if logits.shape[1] == 1:
-            read = torch.stack([read[:, 0], torch.full_like(read[:, 0], torch.nan)], dim=1)
-        return torch.cat([read, logits.logsumexp(1, keepdim=True), logits.argmax(1, keepdim=True)], dim=1)
+            pair[:, 1] = torch.nan
+        return torch.cat([pair, logits.logsumexp(1, keepdim=True), logits.argmax(1, keepdim=True)], dim=1)
 
     @contextmanager
     def _forward(self, imputer: str, table: _Table) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
@@ -254,6 +254,12 @@ class Passes:
         if "road" not in self._fills:
             self._fills["road"] = road_noise(self.samples)
         return self._fills["road"]
+
+
+def _equally_long(packed: np.ndarray) -> list[np.ndarray]:
+    """Return the positions of the masks, those that remove equally many features together."""
+    removed = np.bitwise_count(packed).sum(axis=1, dtype=int)
+    return [np.flatnonzero(removed == n) for n in np.unique(removed)]
 
 
 def in_batches(run: Callable[[Tensor], Tensor], index: Tensor, batch_size: int) -> Tensor:

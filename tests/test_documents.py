@@ -89,7 +89,8 @@ def test_the_cards_are_those_of_the_sources(monkeypatch):
     monkeypatch.syspath_prepend(HOUSE / "docs")
     import cards
 
-    assert cards.PAGE.read_text() == cards.page(), "write them again: python docs/cards.py"
+    for page, text in cards.pages().items():
+        assert page.read_text() == text, "write them again: python docs/cards.py"
 
 
 def test_every_explainer_has_a_measured_cost():
@@ -98,22 +99,45 @@ def test_every_explainer_has_a_measured_cost():
     assert [name for name in names if f"| {name} " not in text] == []
 
 
+METRIC = "docs/how-to/add-a-metric.md"
+
+
+def samples_of(maps, model, patch):
+    n, height, width = maps.shape
+    inputs = torch.arange(n * 3 * height * width).view(n, 3, height, width) / 7.0
+    return metrics.Samples(
+        model=model,
+        inputs=inputs,
+        targets=np.zeros(n, dtype=int),
+        maps=maps,
+        roi=np.zeros(maps.shape, dtype=bool),
+        logits=model(inputs).detach().double().numpy(),
+        seeds=np.zeros(n, dtype=np.uint32),
+        patch=patch,
+    )
+
+
 def test_the_metric_to_add(tmp_path):
-    path = example(tmp_path, "CONTRIBUTING.md", "top_share")
     maps = np.zeros((2, 4, 4))
     maps[0, 0] = [1, -2, 3, -4]
     maps[1] = 1 - 2 * np.eye(4)
-    samples = metrics.Samples(
-        model=torch.nn.Identity(),
-        inputs=torch.zeros(2, 3, 4, 4),
-        targets=np.zeros(2, dtype=int),
-        maps=maps,
-        roi=np.zeros((2, 4, 4), dtype=bool),
-        logits=np.zeros((2, 2)),
-        seeds=np.zeros(2, dtype=np.uint32),
-        patch=(1, 1),
+    samples = samples_of(maps, torch.nn.Flatten(), (1, 1))
+    top_share = metrics.get(str(example(tmp_path, METRIC, "top_share")), pixels=2)
+    assert top_share(samples).values == pytest.approx([0.7, 2 / 16])
+
+
+def test_the_metric_with_perturbed_images_to_add(tmp_path):
+    maps = np.kron(np.random.default_rng(0).random((2, 2, 2)), np.ones((16, 16)))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(12, 2)).requires_grad_(
+        False
     )
-    assert metrics.get(str(path), pixels=2)(samples).values == pytest.approx([0.7, 2 / 16])
+    samples = samples_of(maps, model, (16, 16))
+    drop = metrics.get(str(example(tmp_path, METRIC, "top_patch_drop")), imputer="zero")
+    images = samples.inputs.clone()
+    images[torch.as_tensor(maps == maps.max((1, 2), keepdims=True))[:, None].expand_as(images)] = 0
+    before, after = (model(batch).double().softmax(1)[:, 0] for batch in (samples.inputs, images))
+    assert drop(samples).values == pytest.approx((1 - after / before).numpy())
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/index.md"])
