@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import metrics
 from explainer_bench import RequestError
@@ -21,6 +22,35 @@ Subset = Callable[[Samples, list[int]], Samples]
 @pytest.fixture(params=metrics.registry.names())
 def metric(request: pytest.FixtureRequest) -> Metric:
     return metrics.get(request.param)
+
+
+def small_vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 4}
+    model = VisionTransformer(**size).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)  # as drawn by timm, all tokens are almost alike
+    return model
+
+
+def removes_tokens(metric: Metric) -> bool:
+    return getattr(metric, "imputer", "") == "token_removal"
+
+
+@pytest.fixture
+def classifier(metric: Metric, classifier: torch.nn.Module) -> torch.nn.Module:
+    return small_vit() if removes_tokens(metric) else classifier
+
+
+@pytest.fixture
+def hooked(metric: Metric, hooked: torch.nn.Module) -> torch.nn.Module:
+    if not removes_tokens(metric):
+        return hooked
+    vit = small_vit()
+    vit.blocks[0].attn.register_forward_hook(
+        lambda module, inputs, output: output.register_hook(lambda grad: None) and None
+    )
+    return vit
 
 
 def test_states_its_constants(metric: Metric) -> None:
