@@ -50,6 +50,7 @@ class Explainer(Component):
     passes: ClassVar[float] = 0.0  # see `cost`
     half_precision: ClassVar[bool] = True  # False: rounding to 16 bits ruins the map, so it is computed in float32
     licence: ClassVar[str] = ""  # what users should know of licences and patents, besides this project's own
+    asks: ClassVar[str] = ""  # "single_patches": what a metric of the same `asks` measures is how its map is made
     quick: ClassVar[str] = ""  # parameters that make it cheap, "n=1,m=2", for checks that do not look at quality
 
     @property

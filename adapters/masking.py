@@ -67,6 +67,7 @@ class Occlusion(_Ablation):
     """
 
     name = "occlusion"
+    asks = "single_patches"
     reference = "Zeiler and Fergus, Visualizing and understanding convolutional networks, ECCV 2014"
     quick = "window=24"
     window: Annotated[int, Field(ge=1)] | None = None

@@ -37,6 +37,7 @@ class TokenAblation(_ViTQueries):
     """
 
     name = "token_ablation"
+    asks = "single_patches"
     passes = 197
     reference = "Brocki, Binda and Chung, Class-discriminative attention maps for Vision Transformers, TMLR 2024"
 

@@ -90,7 +90,9 @@ def run(
     data_root: DataRoot = None,
     device: Device = "auto",
     precision: Annotated[Precision, typer.Option(help="Of the perturbed images' forward passes.")] = Precision.fp32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Perturbed images per forward pass; no score changes.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Perturbed images per forward pass, 16 or on CUDA 256; no score changes.")
+    ] = None,
     shard: Annotated[str, typer.Option(help="i/n: compute only the i-th of n parts, for job arrays.")] = "1/1",
     output: Annotated[Path | None, typer.Option("--out", help="Folder; runs/SUITE by default.")] = None,
     stage: Annotated[Stage | None, typer.Option(help="Compute only this stage.")] = None,

@@ -109,9 +109,9 @@ def _of_new_groups(candidates: Iterator[Sample], chosen: list[Sample], n: int) -
     chosen, wanted = list(chosen), len(chosen) + n
     groups = {sample.group for sample in chosen}
     for candidate in candidates:
-        if len(chosen) == wanted:
-            break
         if candidate.group not in groups:
             groups.add(candidate.group)
             chosen.append(candidate)
+        if len(chosen) == wanted:
+            break
     return chosen

@@ -22,6 +22,7 @@ import torch
 
 import explainer_bench
 import leaderboards
+from adapters import Explainer
 from bench.problem import SHARD, Problem, Shard
 from bench.runner import Run
 from bench.store import Store
@@ -48,7 +49,7 @@ def write_plan(run: Run) -> None:
                     "trivial": explainer.trivial,
                     "signed": explainer.signed,
                     "status": "unsupported" if reason else "ok",
-                    "info": reason,
+                    "info": reason or _circular(run, explainer),
                 }
             )
         for index in range(problem.n_shards):
@@ -83,6 +84,12 @@ def _cells(run: Run, problem: Problem, shard: Shard) -> Iterator[dict[str, Any]]
                 "scores": run.score_cell(problem, shard, explainer, metric, known),
                 "explanations": [run.explanation_cell(problem, shard, explainer, c) for c in classes],
             }
+
+
+def _circular(run: Run, explainer: Explainer) -> str:
+    """Return which metrics measure nothing but how the explainer makes its maps, or ""."""
+    names = [metric.spec for metric in run.metrics if explainer.asks and metric.asks == explainer.asks]
+    return f"circular: made of what {' and '.join(names)} asks the model" if names else ""
 
 
 def _constants(run: Run) -> dict[str, Any]:

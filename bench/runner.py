@@ -392,7 +392,8 @@ class Run:
             context = problem.context(explainer, shard)
             if "roi_prior" in context:
                 context["roi_prior"] = context["roi_prior"][rows]
-            return explainer(model, images, targets, seed=self.suite.seed, **context)[:, 0].astype(float)
+            classes = np.ascontiguousarray(targets)
+            return explainer(model, images, classes, seed=self.suite.seed, **context)[:, 0].astype(float)
 
         return reexplain
 

@@ -26,6 +26,7 @@ GROUPS = {
     "class_sensitivity": "Does the map change with the class it explains? A class-blind map cannot explain one.",
     "robustness": "Does the map stay when the input changes imperceptibly?",
     "randomization": "Does the map change when the model's weights are destroyed?",
+    "axiomatic": "Does the map keep the rules that it should follow by construction?",
 }
 
 

@@ -176,6 +176,7 @@ class Metric(Component):
     needs_roi: ClassVar[bool] = False
     needs_mosaics: ClassVar[bool] = False
     undefined_on_constant: ClassVar[bool] = True
+    asks: ClassVar[str] = ""  # "single_patches": it tells nothing of explainers that ask the model the same
     expensive: ClassVar[bool] = False  # needs forward passes of the model
     undefined_reason: ClassVar[str] = "not finite"  # what it means where `score` gives NaN
 
