@@ -94,6 +94,7 @@ def make_samples(classifier: nn.Module) -> Callable[..., Samples]:
         roi = np.zeros((n, SIDE, SIDE), dtype=bool)
         roi[:, 3:11, 5:14] = True
         other_roi = rng.random((n, CLASSES, 1, 1)) < np.indices((SIDE, SIDE)).sum(0) / 20
+        other_roi[..., :6] = False  # the ROI has a column that no other class shares
         mosaic = rng.permuted(np.repeat([[True, False]], n, axis=0).repeat(2, 1), axis=1).reshape(n, 2, 2)
         with torch.no_grad():
             logits = classifier(inputs).double().numpy()

@@ -1,0 +1,161 @@
+"""Mosaics: which images, where, and that nothing but the sample, its target, the seed and the split decides."""
+
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bench import datasets
+from bench.datasets import Dataset, Item, Sample
+from bench.models import Model
+from bench.mosaics import Mosaics
+from bench.problem import Problem
+
+SIDE = 8
+
+
+class Grey(Dataset):
+    """Image i is of grey value i and class i % `classes`, and in pairs of a group; some show class 0 as well."""
+
+    name = "grey"
+    where = "embedded"
+    class_names = ("a", "b", "c")
+    n: int = 30
+    classes: int = 3
+    both: bool = False
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        return [Sample(f"{i:03d}", i % self.classes, f"g{i // 6}{i % 3}", f"digest {i}", i) for i in range(self.n)]
+
+    def load(self, sample: Sample) -> Item:
+        mask = np.ones((SIDE, SIDE), dtype=bool)
+        roi = {sample.label: mask, **({0: mask} if self.both and sample.source % 2 else {})}
+        return Item(np.full((SIDE, SIDE, 3), sample.source, dtype=np.uint8), roi)
+
+
+def model(size: tuple[int, int] = (SIDE, SIDE)) -> Model:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
+    shape = {"input_size": size, "mean": (0.0,) * 3, "std": (1 / 255,) * 3, "interpolation": "nearest"}
+    return Model(name="m", module=module, class_names=("a", "b", "c"), architecture="none", **shape)  # type: ignore[arg-type]
+
+
+def quarters(image: torch.Tensor, own: np.ndarray) -> list[tuple[int, bool]]:
+    """Return for each quarter of one mosaic the image it shows, and whether it is the target's."""
+    found = []
+    for rows in (slice(4), slice(4, 8)):
+        for columns in (slice(4), slice(4, 8)):
+            values, mine = image[:, rows, columns].numpy(), own[rows, columns]
+            assert np.ptp(values) < 1e-3 and np.ptp(mine) == 0
+            found.append((round(float(values.mean())), bool(mine.all())))
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_two_of_the_target_and_two_that_do_not_show_it(target: int, both: bool, seed: int) -> None:
+    data = Grey(both=both)
+    mosaics, of = Mosaics(data, model(), seed), {sample.source: sample for sample in data.samples}
+    for sample in data.samples:
+        image, own = mosaics.mosaic(sample, target)
+        found = quarters(image, own)
+        assert sorted(mine for _, mine in found) == [False, False, True, True]
+        assert len({of[source].group for source, _ in found}) == 4
+        for source, mine in found:
+            assert (of[source].label == target) == mine
+            assert mine or target not in data.load(of[source]).roi
+        assert ((sample.source, True) in found) == (sample.label == target)
+
+
+def test_partners_and_places_vary_with_sample_target_and_seed() -> None:
+    data = Grey()
+    found = [
+        tuple(quarters(*Mosaics(data, model(), seed).mosaic(sample, target)))
+        for seed in (0, 1)
+        for sample in data.samples
+        for target in range(3)
+    ]
+    assert len(set(found)) > 0.95 * len(found)
+    places = np.array([[mine for _, mine in quarters_] for quarters_ in found])
+    partners = {source for quarters_ in found for source, _ in quarters_}
+    assert (abs(places.mean(axis=0) - 0.5) < 0.15).all() and partners == set(range(30))
+
+
+def test_neither_shard_nor_order_nor_number_of_samples_matters() -> None:
+    data, net = Grey(), model()
+    whole, few = Problem(data, net, 30, 0), Problem(data, net, 5, 0)
+    targets = np.arange(16) % 3
+    images, own = Mosaics(data, net, 7)(whole.shard(0), targets)
+    fewer, own_fewer = Mosaics(data, net, 7)(few.shard(0), targets[:5])
+    assert images.shape == (16, 3, SIDE, SIDE) and own.shape == (16, SIDE, SIDE) and own.dtype == bool
+    torch.testing.assert_close(fewer, images[:5], rtol=0, atol=0)
+    np.testing.assert_array_equal(own_fewer, own[:5])
+    for row in (15, 3):
+        image, mine = Mosaics(data, net, 7).mosaic(whole.shard(0).samples[row], targets[row])
+        torch.testing.assert_close(image, images[row], rtol=0, atol=0)
+        np.testing.assert_array_equal(mine, own[row])
+
+
+@pytest.mark.parametrize(
+    ("data", "target"),
+    [
+        (Grey(classes=1), 0),  # no other class
+        (Grey(classes=2), 2),  # no image of the target's class
+        (Grey(n=5), 0),  # two of the target's class, but of one group
+        (Grey(n=3), 1),
+        (Grey(both=True, n=6), 0),
+    ],
+)
+def test_where_the_split_lacks_images_there_is_no_mosaic(data: Grey, target: int) -> None:
+    image, own = Mosaics(data, model(), 0).mosaic(data.samples[0], target)
+    assert not own.any() and not image.any()
+
+
+def test_images_are_antialiased_after_the_models_own_preprocessing() -> None:
+    class Stripes(Grey):
+        name = "stripes"
+
+        def load(self, sample: Sample) -> Item:
+            image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+            image[:, 1::2] = 2 * sample.source  # every second column: only their mean is left at half the size
+            return Item(image, {})
+
+    image, _ = Mosaics(Stripes(), model(), 0).mosaic(Stripes().samples[9], 0)
+    centres = [float(image[0, row : row + 2, column : column + 2].mean()) for row in (1, 5) for column in (1, 5)]
+    assert min(abs(centre - 9) for centre in centres) < 1e-3
+
+
+def test_any_input_size_is_filled() -> None:
+    image, own = Mosaics(Grey(), model((7, 10)), 0).mosaic(Grey().samples[9], 0)
+    assert image.shape == (3, 7, 10) and own.shape == (7, 10) and own.any() and not own.all()
+
+
+def test_nothing_is_read_before_it_is_asked_for_nor_twice() -> None:
+    class Counting(Grey):
+        name = "counting"
+
+        def load(self, sample: Sample) -> Item:
+            loads.append(sample.id)
+            return super().load(sample)
+
+    loads: list[str] = []
+    data = Counting()
+    problem = Problem(data, model(), 30, 0)
+    mosaics, shard, targets = Mosaics(data, problem.model, 0), problem.shard(0), np.zeros(16, dtype=int)
+    assert not loads
+    first = mosaics(shard, targets)
+    read = len(loads)
+    assert 0 < read <= 16 * 4 + len(data.samples)
+    assert mosaics(problem.shard(0), targets.copy())[0] is first[0] and len(loads) == read
+    assert not torch.equal(mosaics(shard, targets + 1)[0], first[0])
+
+
+def test_of_digits_no_other_image_contains_the_target() -> None:
+    data = datasets.get("digits[size=60]")
+    mosaics = Mosaics(data, model((64, 64)), 0)
+    for sample in data.samples[:20]:
+        chosen = mosaics.choose(sample, 3, np.random.default_rng(0))
+        assert [3 in data.load(s).roi for s in chosen] == [True, True, False, False]
