@@ -7,9 +7,10 @@ removed; ``road`` interpolates from what is left; ``token_removal`` leaves the t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
@@ -73,6 +74,111 @@ def road_noise(samples: Samples) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(samples.inputs)
 
 
-def impute_road(images: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-    """Return the images (B, C, H, W) with the pixels in `mask` (B, 1, H, W) linearly imputed from their neighbours."""
-    raise NotImplementedError
+def impute_road(images: Tensor, mask: Tensor, noise: Tensor, level: float = 0.01) -> Tensor:
+    """Return the images with their masked pixels interpolated from the others, plus noise.
+
+    Noisy linear imputation of Rong et al., ICML 2022 (arXiv:2202.00449): a masked pixel is the weighted mean of its
+    neighbours, masked ones included, 1/6 for each of the four direct and 1/12 for each of the four diagonal ones; at
+    the border the mean is over the neighbours there are. Where nothing is left to interpolate from, every pixel is the
+    mean colour of the image.
+
+    Parameters
+    ----------
+    images : Tensor
+        (B, C, H, W) float, on any device.
+    mask : Tensor
+        (B, 1, H, W) bool, the pixels to impute.
+    noise : Tensor
+        (B, C, H, W) standard normal.
+    level : float
+        Standard deviation of the noise, in units of `images`, as in Quantus.
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W); each image is independent of the others, and within 1e-6 of its range of the exact solution.
+    """
+    height, width = images.shape[2:]
+    padding = 0, -width % _BLOCK, 0, -height % _BLOCK
+    inside = F.pad(torch.ones_like(mask[:1], dtype=torch.float64), padding)
+    start = torch.where(mask, images.double().mean((2, 3), keepdim=True), images.double())
+    solved = _relax(F.pad(start, padding), F.pad(mask, padding), inside)[..., :height, :width]
+    return torch.where(mask, (solved + level * noise).to(images.dtype), images)
+
+
+_BLOCK = 16  # sides are brought to multiples of it, so that they halve four times
+
+
+class _Grid(NamedTuple):
+    """The equations of one resolution: ``weight * x - _neighbours(x) = r`` where `unknown`, x = 0 elsewhere."""
+
+    unknown: Tensor
+    weight: Tensor
+
+    def sweep(self, x: Tensor, r: Tensor) -> Tensor:
+        """Return the Jacobi step from `x`; undamped, it shrinks all that a coarser grid cannot see by 3."""
+        return _neighbours(x).add_(r).mul_(self.unknown).div_(self.weight)
+
+    def residual(self, x: Tensor, r: Tensor) -> Tensor:
+        """Return what is missing in each equation."""
+        return _neighbours(x).add_(r).sub_(self.weight * x).mul_(self.unknown)
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """Return the weighted sum of each pixel's neighbours; 12 times it is [1, 2, 1] both ways, less the centre."""
+    rows = 2 * x
+    rows[..., 1:] += x[..., :-1]
+    rows[..., :-1] += x[..., 1:]
+    both = 2 * rows
+    both[..., 1:, :] += rows[..., :-1, :]
+    both[..., :-1, :] += rows[..., 1:, :]
+    return both.sub_(x, alpha=4).div_(12)
+
+
+def _grids(unknown: Tensor, inside: Tensor) -> list[_Grid]:
+    """Return the grid and its halvings; a coarse pixel is unknown where all of its four are."""
+    grid = _Grid(unknown, _neighbours(inside).clamp_min_(1 / 12))
+    if min(unknown.shape[2:]) < 8 or any(side % 2 for side in unknown.shape[2:]):
+        return [grid]
+    return [grid, *_grids(-F.max_pool2d(-unknown, 2), F.max_pool2d(inside, 2))]
+
+
+def _cycle(grids: list[_Grid], r: Tensor) -> Tensor:
+    """Return a symmetric approximation of the solution for `r`: one multigrid cycle."""
+    grid, coarser = grids[0], grids[1:]
+    x = r / grid.weight * grid.unknown
+    for _ in range(1 if coarser else 8):
+        x = grid.sweep(x, r)
+    if coarser:
+        correction = _cycle(coarser, 4 * F.avg_pool2d(grid.residual(x, r), 2))
+        x += F.interpolate(correction, scale_factor=2) * grid.unknown
+        for _ in range(2):
+            x = grid.sweep(x, r)
+    return x
+
+
+def _relax(x: Tensor, mask: Tensor, inside: Tensor, accuracy: float = 1e-8, most: int = 100) -> Tensor:
+    """Return `x` (B, C, H, W) with its masked pixels at the weighted mean of their neighbours.
+
+    Conjugate gradients in float64, preconditioned by a multigrid cycle in float32: about ten steps, whatever the mask.
+    Each channel of each image stops on its own, so that it does not depend on the others.
+    """
+    fine = _Grid(mask.double(), _neighbours(inside).clamp_min_(1 / 12))
+    grids = _grids(mask.float(), inside.float())
+    r, p, last = fine.residual(x, torch.zeros_like(x)), torch.zeros_like(x), torch.ones_like(x[..., :1, :1])
+    goal = accuracy * x.abs().amax((2, 3), keepdim=True)
+    for _ in range(most):
+        open_ = r.abs().amax((2, 3), keepdim=True) > goal
+        if not open_.any():
+            break
+        z = _cycle(grids, r.float()).double()
+        now = _dot(r, z)
+        p = z + (now / last).nan_to_num_() * p
+        change = fine.residual(p, torch.zeros_like(p))
+        step = torch.where(open_, -now / _dot(p, change), 0)
+        x, r, last = x + step * p, r + step * change, now
+    return x
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((2, 3), keepdim=True)
