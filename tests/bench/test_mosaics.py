@@ -1,17 +1,21 @@
 """Mosaics: which images, where, and that nothing but the sample, its target, the seed and the split decides."""
 
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from bench import datasets
+import adapters
+from bench import datasets, models
 from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
 from bench.mosaics import Mosaics
 from bench.problem import Problem
+from metrics.mosaic import positive_share
 
 SIDE = 8
 
@@ -159,3 +163,40 @@ def test_of_digits_no_other_image_contains_the_target() -> None:
     for sample in data.samples[:20]:
         chosen = mosaics.choose(sample, 3, np.random.default_rng(0))
         assert [3 in data.load(s).roi for s in chosen] == [True, True, False, False]
+
+
+ZEBRAS = "el1.png", "el2.png", "el3.png", "el4.png", "el5.png", "elephant-zebra.jpg"
+HORNS = "horn.jpg", "horn1.jpg", "horn2.jpg"
+
+
+class Photographs(Dataset):
+    """Natural images of two classes, zebra and horn."""
+
+    name = "photographs"
+    class_names = ("zebra", "horn")
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        return [Sample(n, int(n in HORNS), n, n, n) for n in (*ZEBRAS, *HORNS)]
+
+    def load(self, sample: Sample) -> Item:
+        assert self.root
+        return Item(np.asarray(Image.open(self.root / sample.source).convert("RGB")), {})
+
+
+def test_a_class_aware_explainer_finds_its_class_among_photographs_and_a_blind_one_does_not(shared: Path) -> None:
+    weights = shared / "data/weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+    net = models.get("vit_tiny_patch16_224", weights=weights)
+    data = Photographs(root=shared / "data/imagenet_samples")
+    problem = Problem(data, net, 9, 0)
+    shard = problem.shard(0)
+    labels = np.array([sample.label for sample in shard.samples])
+    images, own = Mosaics(data, net, 0)(shard, labels)
+    assert own.mean(axis=(1, 2)).tolist() == [0.5] * 9
+
+    def focus(explainer: str) -> np.ndarray:
+        maps = adapters.get(explainer)(net.module, images, np.array([340, 566])[labels])[:, 0].astype(float)
+        return np.array([positive_share(*pair) for pair in zip(maps, own, strict=True)])
+
+    assert focus("cdam").mean() > 0.6
+    assert abs(focus("rollout").mean() - 0.5) < 0.05
