@@ -23,6 +23,7 @@ from adapters import Explainer
 from adapters.recording import explain_together, shareable
 from adapters.state import ModelChangedError
 from bench import datasets, models
+from bench.mosaics import Mosaics
 from bench.problem import Problem, Shard
 from bench.store import Store, identity, key
 from bench.suite import Suite
@@ -106,6 +107,7 @@ class Run:
         self.metrics = _unique([metrics.get(spec) for spec in self.suite.metrics])
         self.problems = list(self._problems())
         self._fingerprints = {explainer: explainer.fingerprint() for explainer in self.explainers}
+        self._mosaics = {p: Mosaics(p.dataset, p.model, self.suite.seed) for p in self.problems}
         self._refusals: dict[tuple[Problem, Explainer], str] = {}
         names = Counter(problem.names for problem in self.problems)
         if twice := [" / ".join(name) for name, n in names.items() if n > 1]:
@@ -380,6 +382,7 @@ class Run:
             batch_size=self.batch_size,
             explain=explain,
             reexplain=self._reexplain(problem, shard, explainer),
+            mosaics=lambda: self._mosaics[problem](shard, known.targets),
             labels=np.array([sample.label for sample in shard.samples]),
             roi_of=shard.roi,
             black=problem.model.normalise(torch.zeros(3, 1, 1)).flatten(),

@@ -1,11 +1,11 @@
 """The perturbation engine: what a model says of images with some of their features removed.
 
-A feature is a patch of the pixel grid (`Samples.patch`), or a segment of any other partition of the image. Metrics
-state which features to remove (`PerturbationMetric.removed`) and read the model's outputs off (`read`). The engine
-computes each distinct removal of each image once, whoever asks for it: those that do not depend on a map serve every
-explainer, two maps of the same order share their curve, and a curve serves every metric. All that is asked for goes
-through the model in one stream of batches of one size. No result depends on the batch size or on which other samples
-or requests are present, apart from the rounding of the model's own forward pass.
+A feature is a patch of the pixel grid (`Samples.patch`), a pixel, or a segment of any other partition of the image.
+Metrics state which features to remove (`PerturbationMetric.removed`) and read the model's outputs off (`read`). The
+engine computes each distinct removal of each image once, whoever asks for it: those that do not depend on a map serve
+every explainer, two maps of the same order share their curve, and a curve serves every metric. All that is asked for
+goes through the model in one stream of batches of one size. No result depends on the batch size or on which other
+samples or requests are present, apart from the rounding of the model's own forward pass.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Removal:
     imputer : str
         See `metrics.imputers`.
     segments : ndarray, optional
-        (N, H, W) int in [0, F): the feature of each pixel; the patches in raster order without it.
+        (N, H, W) int in [0, F): the feature of each pixel. Without it the features are, in raster order, the patches
+        or, if there are as many, the pixels.
     """
 
     removed: np.ndarray
@@ -129,7 +130,7 @@ class Passes:
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
         self.computed = 0  # forward passes so far
-        self._tables: dict[tuple[str, bytes], _Table] = {}
+        self._tables: dict[tuple[str, int, bytes], _Table] = {}
         self._fills: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
 
@@ -154,7 +155,7 @@ class Passes:
         digest = (
             b"" if removal.segments is None else hashlib.blake2b(removal.segments.tobytes(), digest_size=16).digest()
         )
-        table = self._tables.setdefault((removal.imputer, digest), _Table(features=features))
+        table = self._tables.setdefault((removal.imputer, features, digest), _Table(features=features))
         if removal.segments is not None:
             table.segments.update(zip(rows.tolist(), removal.segments, strict=True))
         packed = np.packbits(removal.removed.reshape(n * steps, features), axis=1)
@@ -162,7 +163,7 @@ class Passes:
 
     def run(self) -> None:
         """Compute all that was asked for."""
-        for (imputer, _), table in self._tables.items():
+        for (imputer, *_), table in self._tables.items():
             if not table.rows:
                 continue
             try:
@@ -216,13 +217,16 @@ class Passes:
         with torch.no_grad(), torch.autocast(samples.inputs.device.type, torch.bfloat16, enabled=low):
             if imputer == "token_removal":
                 yield lambda rows, removed: drop_tokens(model, samples.inputs[rows], ~removed)
-            elif imputer in STATIC and not table.segments and (tokens := TokenModel.of(model, samples.patch)):
+            elif imputer in STATIC and self._by_patch(table) and (tokens := TokenModel.of(model, samples.patch)):
                 with tokens:
                     whole = self._embed("", tokens, samples.inputs)
                     filled = self._embed(imputer, tokens, self._fill(imputer))
                     yield lambda rows, removed: tokens(torch.where(removed[..., None], filled[rows], whole[rows]))
             else:
                 yield lambda rows, removed: model(self._images(imputer, table, rows, removed))
+
+    def _by_patch(self, table: _Table) -> bool:
+        return not table.segments and table.features == n_patches(self.samples)
 
     def _fill(self, imputer: str) -> Tensor:
         if imputer not in self._fills:
@@ -237,11 +241,13 @@ class Passes:
 
     def _images(self, imputer: str, table: _Table, rows: Tensor, removed: Tensor) -> Tensor:
         """Return the perturbed images (B, C, H, W)."""
-        samples = self.samples
+        samples, pixels = self.samples, self.samples.inputs.shape[2:]
         if table.segments:
             labels = np.stack([table.segments[row] for row in rows.tolist()])
             labels_of = torch.from_numpy(labels).to(removed.device).flatten(1).long()
-            mask = removed.gather(1, labels_of).view(-1, 1, *samples.inputs.shape[2:])
+            mask = removed.gather(1, labels_of).view(-1, 1, *pixels)
+        elif not self._by_patch(table):
+            mask = removed.view(-1, 1, *pixels)
         else:
             (down, across), (height, width) = patch_grid(samples), samples.patch
             mask = removed.view(-1, 1, down, across).repeat_interleave(height, 2).repeat_interleave(width, 3)
@@ -390,7 +396,7 @@ class PerturbationMetric(Metric):
         raise NotImplementedError
 
     def segments(self, samples: Samples) -> np.ndarray | None:
-        """Return (N, H, W) int: the feature of each pixel; None for the patches."""
+        """Return (N, H, W) int: the feature of each pixel; None for patches or pixels in raster order."""
         return None
 
     def removal(self, samples: Samples) -> Removal:

@@ -25,13 +25,15 @@ class Again(Metric):
         return np.abs(maps[::-1] - samples.maps).max((1, 2))
 
 class Known(Metric):
-    """1 if the sample's label, ROIs and black pixel are what the data set and the model say."""
+    """1 if the label, ROIs, mosaic and black pixel of a sample are what the data set and the model say."""
     name = "known"
     group = "axiomatic"
     undefined_on_constant = False
     def score(self, samples):
         own = (samples.roi_of(samples.targets) == samples.roi).all((1, 2))
         of_label = samples.roi_of(samples.labels).any((1, 2))
+        mosaics, parts = samples.mosaics()
+        own &= (parts.mean((1, 2)) == 0.5) & (mosaics.shape == samples.inputs.shape)
         return (own & of_label & bool((samples.black <= samples.inputs.amin((0, 2, 3)) + 1e-6).all())).astype(float)
 
 class Broken(PatchMetric):
