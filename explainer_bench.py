@@ -30,7 +30,7 @@ import yaml
 
 __version__ = "0.1.0"
 
-_SPEC = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<params>.*)\])?")
+_SPEC = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<params>.*)\]|\((?P<in_parentheses>.*)\))?")
 _CONFIG = pydantic.ConfigDict(arbitrary_types_allowed=True)
 
 
@@ -100,7 +100,8 @@ class Component:
     def spec(self) -> str:
         """``name[param=value,...]``, with the parameters that differ from their defaults."""
         default = {f.name: f.default for f in fields(self) if f.default is not MISSING}  # type: ignore[arg-type]
-        changed = [f"{k}={v}" for k, v in self.params.items() if k not in default or v != default[k]]
+        written = {k: "null" if v is None else v for k, v in self.params.items()}  # as YAML reads it
+        changed = [f"{k}={written[k]}" for k, v in self.params.items() if k not in default or v != default[k]]
         return f"{self.name}[{','.join(changed)}]" if changed else self.name
 
     def __repr__(self) -> str:
@@ -140,7 +141,9 @@ T = TypeVar("T", bound=Component)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split ``name[param=value,...]`` into the name and its parameters; values are YAML scalars.
+    """Split ``name[param=value,...]`` into the name and its parameters; values are YAML scalars or lists.
+
+    Round brackets do as well.
 
     Raises
     ------
@@ -151,7 +154,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     if not match:
         raise RequestError(f"cannot read {spec!r}: write it as name[param=value,param=value].")
     params = {}
-    for pair in filter(None, (match["params"] or "").split(",")):
+    for pair in split_specs(match["params"] or match["in_parentheses"] or ""):
         key, equals, value = pair.partition("=")
         if not equals:
             raise RequestError(f"cannot read {pair!r} in {spec!r}: write it as param=value.")
@@ -163,8 +166,15 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def split_specs(text: str) -> list[str]:
-    """Split a comma-separated list of specs, keeping the commas inside brackets."""
-    return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
+    """Split a comma-separated list of specs, keeping the commas inside brackets, nested ones included."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[({") - (character in "])}")
+        if character == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
 def load_file(path: Path) -> ModuleType:

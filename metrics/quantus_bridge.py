@@ -8,15 +8,18 @@ arrays, so that a score depends on nothing else; and `GradientModel` keeps gradi
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from explainer_bench import RequestError, did_you_mean
 from metrics.base import Metric, Samples
 
 
@@ -205,3 +208,144 @@ def preprocess(metric: Any, attribution: np.ndarray) -> np.ndarray:
     maps = np.array(attribution)[None, None]
     maps = metric.normalise_func(maps) if metric.normalise else maps
     return np.abs(maps) if metric.abs else maps
+
+
+class NamedMetric(Metric):
+    """Base of Quantus's metrics by name, ``quantus:Name[param=value,...]``: whatever Quantus has, as Quantus has it.
+
+    One sample at a time through `evaluate`, so that neither batches nor other samples matter; everything else is
+    Quantus's own, faults included (see the page on deviations). A curve, mapping or array is reduced to its mean.
+
+    Parameters
+    ----------
+    softmax : bool, optional
+        Whether the metric sees probabilities; Quantus's default for each metric.
+    """
+
+    expensive = True
+    scale_invariant = False
+    undefined_reason = "Quantus's score is not a finite number"
+
+    quantus_class: ClassVar[Any]
+
+    def undefined(self, samples: Samples) -> list[str]:
+        """Return for each sample why the metric is undefined on it, or ""."""
+        reasons = super().undefined(samples)
+        highest = samples.maps.max(axis=(1, 2)).tolist()
+        return [
+            r or ("all of the map is negative" if high < 0 else "") for r, high in zip(reasons, highest, strict=True)
+        ]
+
+    def score(self, samples: Samples) -> np.ndarray:
+        """Return (N,) float64.
+
+        Raises
+        ------
+        RequestError
+            Where Quantus fails, with what it says, or returns something that is no number.
+        """
+        model = with_gradients(samples.model, samples.inputs)
+        return np.array([self._score_one(samples, row, model) for row in range(len(samples))])
+
+    def _score_one(self, samples: Samples, row: int, model: nn.Module) -> float:
+        explain = explain_func(samples, row)
+        try:
+            result = evaluate(self.build(samples), samples, row, model, explain, softmax=self.params["softmax"])
+        except RequestError:
+            raise
+        except Exception as error:  # whatever it is, it is Quantus's
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RequestError(f"{self.name}: Quantus cannot score this with these parameters ({said}).") from error
+        return mean_of(result, self.name)
+
+    def build(self, samples: Samples) -> Any:
+        """Return a new Quantus metric."""
+        changed = {k: v for k, v in self.params.items() if k != "softmax" and v != getattr(type(self), k)}
+        params = {k: _function(v) if k.endswith("_func") else v for k, v in changed.items()}
+        if "num_classes" in self.params:
+            params.setdefault("num_classes", samples.logits.shape[1])
+        if "return_aggregate" in inspect.signature(self.quantus_class).parameters:
+            params["return_aggregate"] = False
+        return self.quantus_class(disable_warnings=True, **params)
+
+
+_OURS = ("return_aggregate", "aggregate_func", "default_plot_func", "disable_warnings", "display_progressbar")
+_GROUPS = {"Localisation": "localization", "Complexity": "compactness", "Randomisation": "randomization"}
+
+
+@cache
+def named(name: str) -> type[NamedMetric]:
+    """Return Quantus's metric called `name` (the name of its class) as one of ours.
+
+    Its parameters are those of its ``__init__``, and `softmax`; functions are given by their name in Quantus. The
+    number of classes is the model's unless it is given.
+
+    Raises
+    ------
+    RequestError
+        If Quantus has no such metric.
+    """
+    import quantus  # takes seconds: only when it is needed
+
+    groups = {cls: group for group, found in quantus.AVAILABLE_METRICS.items() for cls in found.values()}
+    classes: dict[str, Any] = {cls.__name__: cls for cls in groups}
+    if name not in classes:
+        hint = did_you_mean(name, list(classes))
+        raise RequestError(f"Quantus {quantus.__version__} has no metric {name!r}.{hint}")
+    cls = classes[name]
+    signature = inspect.signature(cls).parameters.values()
+    defaults = {p.name: p.default for p in signature if p.kind is not p.VAR_KEYWORD and p.name not in _OURS}
+    defaults = {key: None if callable(value) or key == "num_classes" else value for key, value in defaults.items()}
+    defaults["softmax"] = inspect.signature(cls.__call__).parameters["softmax"].default
+    constants = {
+        "__module__": __name__,
+        "__doc__": f"Quantus's {name}, as Quantus has it.",
+        "name": f"quantus:{name}",
+        "version": quantus.__version__,
+        "reference": "Quantus: Hedstrom et al., JMLR 2023 (arXiv:2202.06861)",
+        "group": _GROUPS.get(groups[cls], groups[cls].lower()),
+        "higher_is_better": cls.score_direction.name == "HIGHER",
+        "needs_roi": groups[cls] == "Localisation",
+        "sign_policy": "absolute" if defaults["abs"] else "signed",
+        "quantus_class": cls,
+    }
+    return type(f"Quantus{name}", (NamedMetric,), {**constants, **defaults, "__annotations__": _types(defaults)})
+
+
+def _types(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what each parameter may be, as far as its default tells: baselines are names or numbers, None is open."""
+    known: dict[type, Any] = {bool: bool, int: int | float, float: int | float}
+    return {key: known.get(type(value), Any) for key, value in defaults.items()}
+
+
+def _function(value: Any) -> Any:
+    """Return Quantus's function called `value`; what is no name of one is passed on."""
+    from quantus.helpers import constants
+
+    similar, perturb = constants.AVAILABLE_SIMILARITY_FUNCTIONS, constants.AVAILABLE_PERTURBATION_FUNCTIONS
+    functions = {**similar, **perturb, **constants.AVAILABLE_NORMALISATION_FUNCTIONS}
+    return functions.get(value, value) if isinstance(value, str) else value
+
+
+def explain_func(samples: Samples, row: int) -> Callable[..., np.ndarray]:
+    """Return Quantus's ``explain_func(model, inputs, targets, **kwargs)``: the explainer of the sample at `row`."""
+
+    def explain(model: nn.Module, inputs: Any, targets: Any, **_: Any) -> np.ndarray:
+        if samples.reexplain is None:
+            raise RequestError("this metric explains again, and these samples have no explainer (`Samples.reexplain`).")
+        images = torch.as_tensor(np.asarray(inputs)).to(samples.inputs)
+        module = model.module if isinstance(model, GradientModel) else model
+        return samples.reexplain(module, images, np.asarray(targets), np.full(len(images), row))[:, None]
+
+    return explain
+
+
+def mean_of(result: Any, name: str) -> float:
+    """Return a Quantus result of one sample as one number, the mean over its curve, mapping or array."""
+    values = list(result.values()) if isinstance(result, Mapping) else result
+    try:
+        return float(np.mean(np.asarray(values, dtype=float)))
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"{name} returns {type(result).__name__} {str(result)[:80]!r}, which is no number."
+        ) from error

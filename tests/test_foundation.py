@@ -1,6 +1,7 @@
 """Components, their registry, and writing files whole."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,18 @@ class Rollout(Method):
     fusion: str = "mean"
 
 
+class Loose(Method):
+    """A component that takes anything."""
+
+    name = "loose"
+    value: Any = 1
+
+
 def test_parameters_are_validated_and_named_in_the_spec() -> None:
     assert Rollout().spec == "rollout"
     assert Rollout(start_layer=2).spec == "rollout[start_layer=2]"
+    assert Loose(value=None).spec == "loose[value=null]"
+    assert parse_spec(Loose(value=[1, "a", {"b": 2}]).spec) == ("loose", {"value": [1, "a", {"b": 2}]})
     assert Rollout(fusion="max", start_layer=2).params == {"start_layer": 2, "fusion": "max"}
     with pytest.raises(ValueError, match="valid integer"):
         Rollout(start_layer="x")  # type: ignore[arg-type]
@@ -33,6 +43,9 @@ def test_parameters_are_validated_and_named_in_the_spec() -> None:
         ("a", ("a", {})),
         (" a[b=1, c=mean,d=true] ", ("a", {"b": 1, "c": "mean", "d": True})),
         ("dir/mine.py:Mine[x=0.5]", ("dir/mine.py:Mine", {"x": 0.5})),
+        ("a[b=[1, 2],c={d: [e, f], g: 1},h=]", ("a", {"b": [1, 2], "c": {"d": ["e", "f"], "g": 1}, "h": None})),
+        ("a(b=[1,2],c=null)", ("a", {"b": [1, 2], "c": None})),
+        ("dir (1)/mine.py:Mine", ("dir (1)/mine.py:Mine", {})),
     ],
 )
 def test_specs_are_read(spec: str, expected: tuple) -> None:
@@ -47,6 +60,11 @@ def test_malformed_specs_are_refused(spec: str) -> None:
 
 def test_lists_of_specs_keep_the_commas_in_brackets() -> None:
     assert split_specs("a[b=1,c=2],d, e ,") == ["a[b=1,c=2]", "d", "e"]
+    assert split_specs("a[b=[1,2],c=3],d(e=[[1],[2]],f={g: 1, h: 2}),i") == [
+        "a[b=[1,2],c=3]",
+        "d(e=[[1],[2]],f={g: 1, h: 2})",
+        "i",
+    ]
 
 
 @pytest.fixture

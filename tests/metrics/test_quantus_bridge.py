@@ -33,7 +33,7 @@ def gradient_map(model: nn.Module, inputs: Any, targets: Any, **_: Any) -> np.nd
 def test_fast_engine_gives_the_numbers_of_the_full_call(make_samples: Make, name: str) -> None:
     samples = make_samples(8)
     fast, full = (metrics.get(name, engine=engine)(samples) for engine in ("fast", "quantus"))
-    np.testing.assert_allclose(fast.values, full.values, rtol=1e-12)
+    np.testing.assert_allclose(fast.values, full.values, rtol=1e-9)
     assert np.isfinite(full.values).all()
 
 
