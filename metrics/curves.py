@@ -478,7 +478,7 @@ def split(samples: Samples, size: int) -> list[Samples]:
     return [samples.take(rows[start : start + size]) for start in range(0, len(samples), size)]
 
 
-class PixelSymmetricGain(SymmetricGain, PixelMetric):
+class PixelSymmetricGain(PixelMetric, SymmetricGain):
     """Area between the output's curves when the least and when the most important pixels are replaced first.
 
     The fidelity of the authors of CDAM (LIF - MIF), at the resolution of the input. Their ties fall in raster order,
@@ -522,6 +522,7 @@ class PositivePerturbationAuc(Accuracy, PixelMetric):
     reference = "Chefer, Gur & Wolf, CVPR 2021 (arXiv:2012.09838)"
 
     imputer: PixelImputer = "black_pixel"
+    steps: Annotated[int, Field(ge=3)] = 10
 
     def undefined(self, samples: Samples) -> list[str]:
         """Return for each sample why the metric is undefined on it, or ""."""
@@ -531,8 +532,8 @@ class PositivePerturbationAuc(Accuracy, PixelMetric):
     def read(self, samples: Samples, seen: Outputs) -> np.ndarray:
         """Return (N,) float64 in [0, 1]."""
         assert samples.labels is not None
-        counts = self.counts(samples)[1:]
-        return trapezoid(self.correct(seen, samples.labels)[0], (counts - counts[0]) / np.ptp(counts), axis=1)
+        (correct,) = self.correct(seen, samples.labels)
+        return trapezoid(correct, axis=1) / (correct.shape[1] - 1)
 
 
 class NegativePerturbationAuc(PositivePerturbationAuc):
