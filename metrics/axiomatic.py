@@ -117,8 +117,8 @@ class InputInvariance(ReexplainingMetric):
         maps = self.explain(samples, model, images, np.arange(len(samples)))
         moved, size = (np.linalg.norm(each, axis=(1, 2)) for each in (maps - samples.maps, samples.maps))
         pairs = (model, images), (samples.model, samples.inputs)
-        outputs = [logits_of(with_gradients(*pair), pair[1]) for pair in pairs]
-        return np.where(np.isclose(*outputs, rtol=1e-3, atol=1e-3).all(axis=1), moved / size, np.nan)
+        before, after = (logits_of(with_gradients(*pair), pair[1]) for pair in pairs)
+        return np.where(np.isclose(before, after, rtol=1e-3, atol=1e-3).all(axis=1), moved / size, np.nan)
 
 
 def _why_not(samples: Samples) -> str:
@@ -138,7 +138,7 @@ def first_layer(model: nn.Module, image: Tensor) -> tuple[str, nn.Module]:
             module.register_forward_pre_hook(lambda layer, _, name=name: called.append((name, layer)))
     with torch.no_grad():
         with_gradients(model, image)(image)
-    return called[0]
+    return called[0] if called else ("", model)
 
 
 def shifted(model: nn.Module, images: Tensor, shift: float) -> nn.Module:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -24,10 +24,12 @@ from scipy.stats import entropy, rankdata
 from torch import Tensor, nn
 
 from metrics.base import Samples, pearson
+from metrics.class_sensitivity import map_ssim
 from metrics.quantus_bridge import GradientModel
 from metrics.reexplaining import ReexplainingMetric, noisy
 
 Order = Literal["cascading_top_down", "cascading_bottom_up", "independent"]
+Similarity = Literal["spearman", "pearson", "ssim"]
 _FRESH = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
@@ -192,38 +194,23 @@ def randomised(model: nn.Module, order: Order, seed: int, stages: int | None = N
             copied.load_state_dict(before, strict=False)
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return (N,) float64: the rank correlation of each of two sets of maps (N, H, W); NaN where one is constant."""
-    size = (len(a), -1)
-    return pearson(rankdata(a.reshape(size), axis=1), rankdata(b.reshape(size), axis=1))
+def similarities(a: np.ndarray, b: np.ndarray, kind: Similarity, window: int = 7) -> np.ndarray:
+    """Return (N,) float64 in [-1, 1]: how similar two sets of maps (N, H, W) are; NaN where one is constant.
 
-
-def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return (N,) float64: SSIM of two sets of maps (N, H, W), each over its largest size; NaN where one is constant.
-
-    The window is 7 pixels wide, the range that of both maps together.
+    Parameters
+    ----------
+    a, b : ndarray
+        (N, H, W) float64.
+    kind : {"spearman", "pearson", "ssim"}
+        Correlation of ranks or values, or SSIM as of `random_logit`.
+    window : int
+        Odd width of SSIM's windows in pixels.
     """
-    from skimage.metrics import structural_similarity  # takes a while: only when it is needed
-
-    scores = np.full(len(a), np.nan)
-    for row, pair in enumerate(zip(a, b, strict=True)):
-        if all(np.ptp(each) > 0 for each in pair):
-            one, two = (each / np.abs(each).max() for each in pair)
-            spread = max(one.max(), two.max()) - min(one.min(), two.min())
-            scores[row] = structural_similarity(one, two, data_range=spread)
-    return scores
-
-
-def pearson_maps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return (N,) float64: Pearson's correlation of two sets of maps (N, H, W); NaN where one is constant."""
-    return pearson(a.reshape(len(a), -1), b.reshape(len(b), -1))
-
-
-SIMILARITIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "spearman": spearman,
-    "pearson": pearson_maps,
-    "ssim": ssim,
-}
+    if kind == "ssim":
+        varied = (np.ptp(a, axis=(1, 2)) > 0) & (np.ptp(b, axis=(1, 2)) > 0)
+        return np.array([map_ssim(one, two, window) if v else np.nan for v, one, two in zip(varied, a, b, strict=True)])
+    pair = (maps.reshape(len(maps), -1) for maps in (a, b))
+    return pearson(*((rankdata(maps, axis=1) for maps in pair) if kind == "spearman" else pair))
 
 
 class Mprt(ReexplainingMetric):
@@ -238,7 +225,7 @@ class Mprt(ReexplainingMetric):
     order : {"cascading_top_down", "cascading_bottom_up", "independent"}
         From the head to the embedding or the other way round, each stage on top of those before; or each alone.
     similarity : {"spearman", "pearson", "ssim"}
-        Of whole maps; SSIM as images, each map divided by its largest size.
+        Correlation of ranks or of values, or SSIM in windows of two patches and a pixel, see `random_logit`.
     absolute : bool
         Compare sizes of attributions; otherwise signed maps.
     stages : int, optional
@@ -266,7 +253,7 @@ class Mprt(ReexplainingMetric):
     reference = "Adebayo et al., NeurIPS 2018 (arXiv:1810.03292)"
 
     order: Order = "cascading_top_down"
-    similarity: Literal["spearman", "pearson", "ssim"] = "spearman"
+    similarity: Similarity = "spearman"
     absolute: bool = True
     stages: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
@@ -282,9 +269,11 @@ class Mprt(ReexplainingMetric):
     def by_stage(self, samples: Samples) -> dict[str, np.ndarray]:
         """Return for each stage (N,) float64, the similarity after it is randomised; NaN where a map is constant."""
         signed = (lambda maps: maps) if not self.absolute else np.abs
-        compare, original = SIMILARITIES[self.similarity], signed(self.reference_maps(samples))
-        models = randomised(samples.model, self.order, self.seed, self.stages)
-        return {stage: compare(original, signed(self.maps_of(samples, model))) for stage, model in models}
+        original, window = signed(self.reference_maps(samples)), 2 * max(samples.patch) + 1
+        return {
+            stage: similarities(original, signed(self.maps_of(samples, model)), self.similarity, window)
+            for stage, model in randomised(samples.model, self.order, self.seed, self.stages)
+        }
 
     def score(self, samples: Samples) -> np.ndarray:
         """Return (N,) float64 in [-1, 1]."""
