@@ -19,6 +19,7 @@ import metrics
 from explainer_bench import RequestError
 from metrics import Samples
 from metrics.faithfulness import (
+    BoxSensitivity,
     DropCorrelation,
     SensitivityN,
     each_alone,
@@ -326,6 +327,26 @@ def test_boxes_are_whole_lie_anywhere_and_come_from_seed_and_side() -> None:
     assert np.abs(counts / 4000 - 1 / 35).max() < 5 * np.sqrt(1 / 35 / 4000)
     np.testing.assert_array_equal(random_boxes(5, (7, 9), 3, 10), boxes[:10])
     assert (random_boxes(6, (7, 9), 3, 4000) != boxes).any()
+
+
+def test_boxes_halve_their_side_and_fit_small_images(make_samples: Make) -> None:
+    assert BoxSensitivity().lengths(make_samples(inputs=torch.zeros(5, 3, 224, 256))) == [28, 56, 112]
+    assert BoxSensitivity().lengths(make_samples(inputs=torch.zeros(5, 3, 64, 64))) == [8, 16, 32]
+    assert BoxSensitivity(sides=4).lengths(make_samples(inputs=torch.zeros(5, 3, 4, 4))) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("faithfulness_correlation_pixels", {"subset": 224, "runs": 100, "imputer": "black", "output": "logit"}),
+        ("box_sensitivity", {"boxes": 100, "imputer": "blur", "output": "logit"}),
+        ("saco", {"imputer": "mean", "output": "probability"}),
+        ("token_ablation_correlation", {"imputer": "token_removal", "output": "logit"}),
+        ("faithfulness_estimate", {"imputer": "black", "similarity": "pearson"}),
+    ],
+)
+def test_published_settings_are_the_defaults(name: str, setting: dict[str, object]) -> None:
+    assert metrics.get(name).params.items() >= setting.items()
 
 
 def test_squares_are_all_that_fit_into_a_grid_that_is_no_square() -> None:
