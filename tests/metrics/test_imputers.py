@@ -193,3 +193,14 @@ def test_a_missing_black_pixel_and_unknown_names_are_refused(make_samples: Make)
     with pytest.raises(RequestError, match="Did you mean mean"):
         known("maen")
     assert [known(name) for name in NAMES] == list(NAMES)
+
+
+def test_road_is_as_exact_where_the_model_runs_in_bf16() -> None:
+    rng = np.random.default_rng(8)
+    image, mask = (
+        torch.as_tensor(rng.standard_normal((1, 3, 32, 32))),
+        torch.as_tensor(rng.random((1, 1, 32, 32)) < 0.7),
+    )
+    expected = impute_road(image, mask, image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(impute_road(image, mask, image), expected)
