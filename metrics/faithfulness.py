@@ -7,7 +7,6 @@ the perturbed images serve every explainer; only `saco` groups the patches by th
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Annotated, Literal
 
 import numpy as np
@@ -89,6 +88,7 @@ class FaithfulnessEstimate(DropCorrelation, PatchMetric):
     """
 
     name = "faithfulness_estimate"
+    asks = "single_patches"
     undefined_reason = "no patch changes the output more than another"
     reference = "Alvarez-Melis & Jaakkola, NeurIPS 2018 (arXiv:1806.07538)"
     formula = "corr over patches p of: sum of the map over p, f(x) - f(x without p)"
@@ -156,6 +156,10 @@ class FaithfulnessCorrelation(DropCorrelation, PatchMetric):
 
     def removed(self, samples: Samples) -> np.ndarray:
         """Return (N, runs, F) bool: random subsets."""
+        return samples.once(("random subsets", self.subset, self.runs), self.subsets)
+
+    def subsets(self, samples: Samples) -> np.ndarray:
+        """Return (N, runs, F) bool: `removed`, drawn anew."""
         features = self.relevance(samples).shape[1]
         return random_subsets(samples.seeds, features, subset_size(self.subset, features), self.runs)
 
@@ -170,11 +174,6 @@ class PixelRemoval(DropCorrelation):
     def relevance(self, samples: Samples) -> np.ndarray:
         """Return (N, H W) float64: the maps."""
         return samples.maps.reshape(len(samples), -1)
-
-    def segments(self, samples: Samples) -> np.ndarray:
-        """Return (N, H, W) int: a feature for each pixel."""
-        labels = pixel_labels(*samples.inputs.shape[2:])
-        return np.broadcast_to(labels, (len(samples), *labels.shape))
 
     def chunks(self, samples: Samples) -> list[Samples]:
         """Split the samples one by one."""
@@ -210,6 +209,10 @@ class FaithfulnessCorrelationPixels(PixelRemoval, FaithfulnessCorrelation):
 
     subset: Annotated[float, Field(gt=0)] = 224
     imputer: Imputer = "black"
+
+    def removed(self, samples: Samples) -> np.ndarray:
+        """Return (N, runs, H W) bool: random subsets, too large to keep."""
+        return self.subsets(samples)
 
 
 class SensitivityN(DropCorrelation, PatchMetric):
@@ -255,6 +258,10 @@ class SensitivityN(DropCorrelation, PatchMetric):
 
     def removed(self, samples: Samples) -> np.ndarray:
         """Return (N, S runs, P) bool: random subsets of each of S sizes."""
+        return samples.once(("random subsets", *self.counts(samples), self.runs), self.subsets)
+
+    def subsets(self, samples: Samples) -> np.ndarray:
+        """Return (N, S runs, P) bool: `removed`, drawn anew."""
         patches = n_patches(samples)
         subsets = [random_subsets(samples.seeds, patches, count, self.runs) for count in self.counts(samples)]
         return np.concatenate(subsets, axis=1)
@@ -489,11 +496,3 @@ def squares(grid: tuple[int, int], largest: int) -> np.ndarray:
         np.put_along_axis(mask, inside, True, axis=1)
         masks.append(mask)
     return np.concatenate(masks)
-
-
-@cache
-def pixel_labels(height: int, width: int) -> np.ndarray:
-    """Return (H, W) int: the number of each pixel in raster order."""
-    labels = np.arange(height * width, dtype=np.int32).reshape(height, width)
-    labels.flags.writeable = False
-    return labels
