@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.functional import gaussian_blur  # type: ignore[import-untyped]
 
 from explainer_bench import RequestError, did_you_mean
 from metrics.base import Samples

@@ -224,7 +224,7 @@ class NamedMetric(Metric):
 
     expensive = True
     scale_invariant = False
-    undefined_reason = "Quantus's score is not a finite number"
+    undefined_reason = "Quantus fails on it, or gives no finite number"
 
     quantus_class: ClassVar[Any]
 
@@ -237,26 +237,35 @@ class NamedMetric(Metric):
         ]
 
     def score(self, samples: Samples) -> np.ndarray:
-        """Return (N,) float64.
+        """Return (N,) float64, NaN where Quantus fails.
 
         Raises
         ------
         RequestError
-            Where Quantus fails, with what it says, or returns something that is no number.
+            Where Quantus fails on every sample, with what it says, or returns something that is no number.
         """
         model = with_gradients(samples.model, samples.inputs)
-        return np.array([self._score_one(samples, row, model) for row in range(len(samples))])
+        scores, failures = np.full(len(samples), np.nan), []
+        for row in range(len(samples)):
+            try:
+                result = self._result(samples, row, model)
+            except RequestError:
+                raise
+            except Exception as error:  # whatever it is, it is Quantus's
+                failures.append(error)
+            else:
+                scores[row] = mean_of(result, self.name)
+        if len(failures) == len(samples):
+            said = " ".join(f"{type(failures[0]).__name__}: {failures[0]}".split())
+            raise RequestError(f"{self.name}: Quantus cannot score this ({said}).") from failures[0]
+        return scores
 
-    def _score_one(self, samples: Samples, row: int, model: nn.Module) -> float:
+    def _result(self, samples: Samples, row: int, model: nn.Module) -> Any:
         explain = explain_func(samples, row)
-        try:
-            result = evaluate(self.build(samples), samples, row, model, explain, softmax=self.params["softmax"])
-        except RequestError:
-            raise
-        except Exception as error:  # whatever it is, it is Quantus's
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise RequestError(f"{self.name}: Quantus cannot score this with these parameters ({said}).") from error
-        return mean_of(result, self.name)
+        return evaluate(self.build(samples), samples, row, model, explain, softmax=self.params["softmax"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.quantus_class.__name__, self.params)  # its class is not to be found in this module
 
     def build(self, samples: Samples) -> Any:
         """Return a new Quantus metric."""
@@ -310,6 +319,10 @@ def named(name: str) -> type[NamedMetric]:
         "quantus_class": cls,
     }
     return type(f"Quantus{name}", (NamedMetric,), {**constants, **defaults, "__annotations__": _types(defaults)})
+
+
+def _again(name: str, params: dict[str, Any]) -> NamedMetric:
+    return named(name)(**params)
 
 
 def _types(defaults: Mapping[str, Any]) -> dict[str, Any]:

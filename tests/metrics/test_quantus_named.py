@@ -1,5 +1,6 @@
 """Quantus's metrics by name: which of them work, one sample at a time, and how the others fail."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,16 @@ def test_the_explainer_is_asked_for_the_right_sample_and_the_bare_model(make_sam
         metrics.get("quantus:MaxSensitivity")(replace(samples, reexplain=None))
 
 
+def test_a_failure_of_one_sample_costs_that_one_alone(make_samples: Make) -> None:
+    def reexplain(model: nn.Module, images: torch.Tensor, targets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        again = np.random.default_rng(0).random((len(images), 16, 16))
+        return again - 2 * (rows[0] == 1)  # Quantus refuses a map that is negative throughout
+
+    scores = metrics.get("quantus:MaxSensitivity[nr_samples=1]")(make_samples(3, reexplain=reexplain))
+    assert np.isnan(scores.values).tolist() == [False, True, False]
+    assert scores.reasons[1] == "Quantus fails on it, or gives no finite number"
+
+
 def test_functions_are_given_by_name(make_samples: Make) -> None:
     samples = make_samples(3)
     default, named_so, other = (
@@ -189,6 +200,7 @@ def test_specs_and_identity_survive() -> None:
         again = metrics.get(metric.spec)
         assert again.spec == metric.spec and identity(again) == identity(metric)
         assert type(again) is type(metric) and metric.version == "0.6.0"
+        assert pickle.loads(pickle.dumps(metric)).spec == metric.spec
     assert identity(built[0]) != identity(metrics.get("quantus:Infidelity"))
     assert "quantus:AUC" not in metrics.registry.names()
 
