@@ -30,6 +30,7 @@ METRICS = (
 ALONE = "mprt[stages=2]", "max_sensitivity[draws=2]"
 FIXED = "center_gaussian", "center_square", "roi_prior"  # the same map for every image
 OF_THE_IMAGE = "intensity", "sobel", "edges_variance", "random", "random_token", "superpixel_random"
+INVARIANT = {"saliency": True, "raw_attention": True, "sobel": True, "input_x_gradient": False}
 SIZES = {"vit": (64, 64), "resnet": (64, 64)}
 
 
@@ -108,3 +109,22 @@ def test_maps_that_do_not_come_from_the_model_fail_the_randomisation_test(name: 
 def test_maps_of_the_model_pass_the_randomisation_test_better() -> None:
     samples = samples_of(case_of("input_x_gradient", "vit") or pytest.fail("gradients refuse a model"))
     assert (metrics.get("mprt")(samples).values < 0.5).all()
+
+
+def test_integrated_gradients_are_complete_and_gradients_are_not() -> None:
+    metric = metrics.get("completeness_error")
+    errors = {}
+    for name in ("integrated_gradients[n_steps=400]", "saliency"):
+        case = Case(adapters.get(name), build("vit").eval().double(), SIZES["vit"])
+        errors[name] = metric(samples_of(case)).values
+    assert (errors["integrated_gradients[n_steps=400]"] < 0.02).all()
+    assert (errors["saliency"] > 0.1).all()
+
+
+def test_a_shift_that_the_model_makes_up_for_moves_inputs_times_gradients_only() -> None:
+    metric = metrics.get("input_invariance")
+    scores = {name: metric(samples_of(case_of(name, "vit") or pytest.fail(name))).values for name in INVARIANT}
+    for name, invariant in INVARIANT.items():
+        assert ((scores[name] < 1e-4) == invariant).all(), name
+    padded = metric(samples_of(case_of("saliency", "resnet") or pytest.fail("gradients refuse a model")))
+    assert all("pads with zeros" in reason for reason in padded.reasons)
