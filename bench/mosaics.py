@@ -23,7 +23,7 @@ class Mosaics:
     A mosaic stands for one sample and one class, its target. Two images are labelled with the target, the first of
     them the sample's own where that is its label. Two are labelled otherwise and show nothing of the target, that is,
     have no ROI for it. No two of the four are of one group. Partners and positions are drawn from the whole split by
-    a seed made of the sample's content, its target and the suite's seed: they depend neither on the shard nor on how
+    a seed made of the sample's content and the suite's seed: they depend neither on the shard nor on how
     many samples are explained, but on what the split holds. Each image is preprocessed as the model wants it, then
     resized, antialiased, to its quarter of the input.
 
@@ -68,7 +68,7 @@ class Mosaics:
     def mosaic(self, sample: Sample, target: int) -> tuple[Tensor, np.ndarray]:
         """Return one mosaic (3, H, W) and where it shows the target (H, W) bool."""
         image, own = torch.zeros(3, *self.model.input_size), np.zeros(self.model.input_size, dtype=bool)
-        digest = hashlib.sha256(f"{self.seed} mosaic {target} {sample.digest}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed} mosaic {sample.digest}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest, "little"))
         chosen = self.choose(sample, target, rng)
         if len(chosen) < OWN + OTHER:
@@ -82,8 +82,8 @@ class Mosaics:
     def choose(self, sample: Sample, target: int, rng: np.random.Generator) -> list[Sample]:
         """Return the four images of one mosaic, those of the target's class first; fewer where the split lacks them."""
         shuffled = [self.dataset.samples[place] for place in rng.permutation(len(self.dataset.samples))]
-        own = [sample, *shuffled] if sample.label == target else shuffled
-        chosen = _of_new_groups((s for s in own if s.label == target), [], OWN)
+        own = (s for s in [sample, *shuffled] if s.label == target)
+        chosen = _of_new_groups(own, [], OWN)
         others = (s for s in shuffled if s.label != target and target not in self.shown(s))
         return _of_new_groups(others, chosen, OTHER)
 
