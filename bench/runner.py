@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import resource
 import time
 from collections import Counter
@@ -22,8 +23,7 @@ import metrics
 from adapters import Explainer
 from adapters.recording import explain_together, shareable
 from adapters.state import ModelChangedError
-from bench import datasets, models
-from bench.mosaics import Mosaics
+from bench import datasets, models, mosaics
 from bench.problem import Problem, Shard
 from bench.store import Store, identity, key
 from bench.suite import Suite
@@ -107,7 +107,7 @@ class Run:
         self.metrics = _unique([metrics.get(spec) for spec in self.suite.metrics])
         self.problems = list(self._problems())
         self._fingerprints = {explainer: explainer.fingerprint() for explainer in self.explainers}
-        self._mosaics = {p: Mosaics(p.dataset, p.model, self.suite.seed) for p in self.problems}
+        self._mosaics = {p: mosaics.Mosaics(p.dataset, p.model, self.suite.seed) for p in self.problems}
         self._refusals: dict[tuple[Problem, Explainer], str] = {}
         names = Counter(problem.names for problem in self.problems)
         if twice := [" / ".join(name) for name, n in names.items() if n > 1]:
@@ -294,7 +294,7 @@ class Run:
         """Return the cell of one metric's scores of one explainer on a shard."""
         cells = [self.explanation_cell(problem, shard, explainer, c) for c in known.classes(explainer, metric)]
         maps = [cell.rpartition("/")[2] for cell in cells]
-        context = [problem.dataset.fingerprint] if metric.needs_mosaics else []
+        context = [problem.dataset.fingerprint, inspect.getsource(mosaics)] if metric.needs_mosaics else []
         context += [self.precision] if metric.expensive and self.precision != "fp32" else []
         hashed = key(maps, identity(metric), self.suite.seed, problem.model.patch, context)
         return self.store.path("scores", *problem.names, explainer.spec, metric.spec, key=hashed)

@@ -457,11 +457,6 @@ class PixelMetric(RemovalMetric):
         """Return (N, H W) int32."""
         return samples.keep("pixel ranks", lambda: pixel_ranks(samples))
 
-    def segments(self, samples: Samples) -> np.ndarray:
-        """Return (N, H, W) int32: every pixel a feature of its own."""
-        shape = samples.maps.shape[1:]
-        return np.broadcast_to(np.arange(np.prod(shape), dtype=np.int32).reshape(shape), samples.maps.shape)
-
     def chunks(self, samples: Samples) -> list[Samples]:
         """Split the samples into parts of `at_once`."""
         return split(samples, self.at_once)

@@ -293,13 +293,16 @@ def passes(samples: Samples) -> Passes:
 
 
 def prefetch(cells: Iterable[tuple[Metric, Samples]]) -> None:
-    """Compute in one stream what some metrics will ask of the model for some explainers of the same images."""
-    asked = [(metric, samples) for metric, samples in cells if isinstance(metric, PerturbationMetric)]
+    """Compute in one stream what some metrics will ask of the model for some explainers of the same images.
+
+    Those that remove patches: the masks of pixels are too large to wait, and enough to fill batches of their own.
+    """
+    asked = [(metric, metric.defined(samples)) for metric, samples in cells if isinstance(metric, PatchMetric)]
+    asked = [(metric, samples) for metric, samples in asked if len(samples)]
     for metric, samples in asked:
-        for part in metric.chunks(metric.defined(samples)):
-            passes(part).want(_rows(part), metric.removal(part))
-    for samples in {id(samples.shared): samples for _, samples in asked}.values():
-        passes(samples).run()
+        passes(samples).want(_rows(samples), metric.removal(samples))
+    for engine in {id(passes(samples)): passes(samples) for _, samples in asked}.values():
+        engine.run()
 
 
 def _rows(samples: Samples) -> np.ndarray:

@@ -227,7 +227,7 @@ def test_prefetch_computes_in_one_stream_all_that_the_scores_need(make_samples: 
     samples = make_samples(batch_size=7)
     flat = np.ones_like(samples.maps[:1])
     others = [replace(samples, maps=maps) for maps in (-(samples.maps**3), np.concatenate([flat, samples.maps[1:]]))]
-    chosen = [metrics.get(spec) for spec in ("srg", "faithfulness_estimate", "sparseness", "irof", "deletion_auc")]
+    chosen = [metrics.get(spec) for spec in ("srg", "faithfulness_estimate", "sparseness", "saco", "deletion_auc")]
     cells = [(metric, each) for metric in chosen for each in (samples, *others)]
     alone = [metric(replace(each, shared={})) for metric, each in cells]
     prefetch(cells)
