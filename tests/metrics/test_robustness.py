@@ -1,5 +1,6 @@
 """Robustness: Quantus on the very same noisy copies, closed forms, and who scores well."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -37,15 +38,26 @@ def explained(samples: Samples, explain: Callable[..., np.ndarray] = input_x_gra
     return replace(samples, maps=maps, reexplain=explain)
 
 
+class Precise(nn.Module):
+    """A model that computes in float64: what is compared is the metric, not how batches round."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.module(inputs.double())
+
+
 @pytest.fixture(params=["random", "real"])
-def samples(request: pytest.FixtureRequest, make_samples: Make) -> Samples:
+def samples(request: pytest.FixtureRequest, make_samples: Make, classifier: nn.Module) -> Samples:
     """Random images, and real ones at the small model's size; with the maps of input times gradient."""
     if request.param == "random":
-        return explained(make_samples(4))
+        return explained(make_samples(4, model=Precise(classifier).eval()))
     folder: Path = request.getfixturevalue("shared") / "data/imagenet_samples"
     images = [np.asarray(Image.open(folder / name).convert("RGB").resize((16, 16)), np.float32) for name in IMAGES]
     inputs = torch.from_numpy(np.stack(images) / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
-    return explained(make_samples(len(images), inputs=inputs))
+    return explained(make_samples(len(images), inputs=inputs, model=Precise(classifier).eval()))
 
 
 def in_quantus(name: str, samples: Samples, row: int, **params: Any) -> float:
@@ -81,7 +93,7 @@ def test_same_copies_score_as_in_quantus(samples: Samples, name: str) -> None:
     assert rows
     for row in rows:
         expected = in_quantus(name, samples, row, **params)
-        assert found[row] == pytest.approx(expected, abs=1e-5, rel=1e-5)  # the last two in the hundreds, in float32
+        assert found[row] == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
 def test_komorowski_variant_is_that_of_quantus(samples: Samples) -> None:
