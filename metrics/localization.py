@@ -14,7 +14,17 @@ from pydantic import Field, field_validator
 from scipy.special import gammaln
 
 from metrics.base import Samples
-from metrics.maps import MapMetric, QuantusMapMetric, distinct, grouped, hypergeometric, inside, minmax_scaled, ranking
+from metrics.maps import (
+    MapMetric,
+    QuantusMapMetric,
+    distinct,
+    for_each_map,
+    hypergeometric,
+    inside,
+    levels,
+    minmax_scaled,
+    ranking,
+)
 
 Percent = Annotated[float, Field(gt=0, le=100)]
 
@@ -399,10 +409,16 @@ MOST_BOXES = 10**6
 
 def mean_box_iou(roi: np.ndarray, n: int) -> float:
     """Return the mean IoU of `roi` (H, W) bool with the bounding rectangle of `n` random pixels; NaN where too many."""
-    sizes = likely_boxes(*roi.shape, n)
+    return _mean_box_iou(np.packbits(roi).tobytes(), roi.shape, n)
+
+
+@lru_cache(maxsize=2**12)  # the same for every explainer
+def _mean_box_iou(packed: bytes, shape: tuple[int, int], n: int) -> float:
+    roi = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=shape[0] * shape[1]).reshape(shape)
+    sizes = likely_boxes(*shape, n)
     if sizes is None:
         return np.nan
-    sums = np.pad(roi.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    sums = np.pad(roi.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
     total = 0.0
     for height, width, probability in sizes:
         both = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
@@ -446,14 +462,14 @@ class Curve(NamedTuple):
 
 def curve(view: Samples, row: int) -> Curve:
     """Return the scores that need the whole ranking; computed in one go and kept."""
-    return view.keep("curves", lambda: [_curve(view, each) for each in range(len(view))])[row]
+    return view.keep("curves", lambda: for_each_map(lambda each: _curve(view, each), len(view)))[row]
 
 
 def _curve(view: Samples, row: int) -> Curve:
     groups = ranking(view, row)
     found = np.flatnonzero(groups.marked)  # the curves bend only where the ROI's pixels are
     sizes, marked = groups.sizes[found].astype(float), groups.marked[found].astype(float)
-    seen, hits = np.cumsum(groups.sizes, dtype=np.int32)[found], np.cumsum(marked)
+    seen, hits = groups.seen[found], np.cumsum(marked)
     misses, size = seen - hits, hits[-1]
     outside = view.maps[row].size - size
     below = outside - misses + (sizes - marked) / 2  # outsiders that rank below, ties half
@@ -629,7 +645,7 @@ class SegmentationMap(RoiMetric):
     """Average precision of the channels [1 - m, m], m the map scaled to [0, 1], as scores of [background, ROI].
 
     Pixels of both channels are ranked together, so that the values matter and not only their order: half of them are
-    right whatever the ROI. Their mean over images is the mAP of the paper.
+    right whatever the ROI. Scores closer than 1e-12 tie. Their mean over images is the mAP of the paper.
     """
 
     name = "segmentation_map"
@@ -642,15 +658,16 @@ class SegmentationMap(RoiMetric):
         """Return the score of one map."""
         values, times = distinct(view, row)
         scaled, marked = minmax_scaled(values), inside(view, row)
-        right, seen = both_channels(scaled, np.where(scaled > 0.5, marked, times - marked), times)
-        return float((np.diff(right, prepend=0) * (right / seen)).sum() / right[-1])
+        high = scaled > 0.5
+        right = marked == high if times == 1 else np.where(high, marked, times - marked)
+        return Channels.ranked(scaled, right, times).average_precision()
 
     def by_chance(self, view: Samples, row: int) -> float:
         """Return the mean over all places of the map's values."""
         values, times = distinct(view, row)
         scaled, total, share = minmax_scaled(values), view.maps[row].size, float(view.roi[row].mean())
         # the first scores are those of the `high` largest values as ROI, and of the `low` smallest as background
-        high, seen = both_channels(scaled, (scaled > 0.5) * times, times)
+        seen, high = Channels.ranked(scaled, (scaled > 0.5) * times, times).cumulative()
         low = seen - high
         high_before, low_before = (np.concatenate([[0.0], counts[:-1]]) for counts in (high, low))
         right, right_before = share * high + (1 - share) * low, share * high_before + (1 - share) * low_before
@@ -666,27 +683,54 @@ class SegmentationMap(RoiMetric):
         return float(((right * (right - right_before) + spread) / seen).sum() / total)
 
 
-def both_channels(scaled: np.ndarray, marked: np.ndarray, times: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many of the scores [1 - m, m] are marked, and how many there are, down to each distinct score.
+STEPS = 40  # bits of a score that count: 1 - m is rounded, and equal scores of the two channels must stay equal
 
-    A pixel's two scores mirror each other around 1/2, and so do their ranks: one sort of M numbers ranks 2 M.
+
+class Channels(NamedTuple):
+    """The ranking of the scores [1 - m, m] of M pixels, some scores marked, one of each pixel.
+
+    A pixel's two scores mirror each other around 1/2, and so do their ranks: a ranking of the larger ones is enough.
 
     Parameters
     ----------
-    scaled : ndarray
-        (M,) in [0, 1], the values m.
-    marked : ndarray
-        (M,) int, of `times` pixels of each value, how many have their larger score marked; the others have the smaller.
-    times : int
-        How often each value stands in the map.
+    seen, marked : ndarray
+        (G,) number of larger scores down to each distinct one above 1/2, and how many of them are marked.
+    halves : int
+        The number of pixels whose scores are both 1/2.
     """
-    doubt = np.minimum(scaled, 1 - scaled)
-    doubt = (doubt.view(np.int64) & ~np.int64(1)).view(float)  # leaves room for the mark, see `grouped`
-    groups = grouped(-doubt, marked, times)
-    sizes, counts = (each.astype(float) for each in groups)
-    half = sizes[-1:] * 0
-    if doubt.max() == 0.5:
-        # both scores of these pixels are the same, and one of the two is right
-        sizes, counts, half = sizes[:-1], counts[:-1], sizes[-1:]
-    seen = np.cumsum(np.concatenate([sizes, 2 * half, sizes[::-1]]))
-    return np.cumsum(np.concatenate([counts, half, (sizes - counts)[::-1]])), seen
+
+    seen: np.ndarray
+    marked: np.ndarray
+    halves: int
+
+    @classmethod
+    def ranked(cls, scaled: np.ndarray, marked: np.ndarray, times: int) -> Channels:
+        """Rank `scaled` (M,) in [0, 1], `times` pixels of each value, `marked` (M,) of their larger scores marked."""
+        doubt = np.rint(np.minimum(scaled, 1 - scaled) * 2.0**STEPS)
+        seen, hits = levels(-doubt, marked, times)
+        halves = int(np.count_nonzero(doubt == 2.0 ** (STEPS - 1))) * times
+        return cls(seen[:-1], hits[:-1], halves) if halves else cls(seen, hits, 0)
+
+    def _halfway(self) -> tuple[int, int]:
+        # pixels of two scores of 1/2 have one of them marked
+        return int(self.seen[-1:].sum()) + 2 * self.halves, int(self.marked[-1:].sum()) + self.halves
+
+    def average_precision(self) -> float:
+        """Return the average precision of the marked scores."""
+        pixels = int(self.seen[-1:].sum()) + self.halves
+        seen, marked = self._halfway()
+        above = (np.diff(self.marked, prepend=0) * (self.marked / self.seen)).sum()
+        # below 1/2 the same pixels in reverse, and what was not marked is
+        unmarked = self.seen - self.marked
+        rest = (pixels - unmarked[:-1]) / (2 * pixels - self.seen[:-1])
+        below = (np.diff(unmarked) * rest).sum() + unmarked[:1].sum() / 2
+        return float((above + self.halves * (marked / seen) + below) / pixels)
+
+    def cumulative(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many scores there are down to each distinct one, and how many of them are marked, (L,) float."""
+        pixels = int(self.seen[-1:].sum()) + self.halves
+        seen, marked = (np.concatenate([[0], counts[:-1]]) for counts in (self.seen, self.marked))
+        middle = zip(self._halfway(), strict=True) if self.halves else ((), ())
+        triples = zip((self.seen, self.marked), middle, (2 * pixels - seen, pixels - seen + marked), strict=True)
+        both = [np.concatenate([above, half, below[::-1]]).astype(float) for above, half, below in triples]
+        return both[0], both[1]

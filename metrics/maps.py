@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from metrics.base import Metric, Samples
 from metrics.perturbation import patch_grid, patch_sums
@@ -56,13 +57,11 @@ class MapMetric(Metric):
 class QuantusMapMetric(MapMetric, QuantusMetric):
     """Base of the metrics of a map that Quantus has, computed here in a fraction of its time."""
 
-    def fast(self, samples: Samples, row: int) -> float:
-        """Return the score of one map."""
-        return self.of_map(samples, row)
-
     def measure(self, view: Samples) -> np.ndarray:
         """Return (N,) float64, by either engine."""
-        return QuantusMetric.score(self, view)
+        if self.engine == "fast":
+            return super().measure(view)
+        return QuantusMetric.score(self, replace(view, model=nn.Identity()))  # nobody asks the model
 
 
 def by_token(samples: Samples) -> Samples:
@@ -127,52 +126,54 @@ class Groups(NamedTuple):
     sizes: np.ndarray
     marked: np.ndarray
 
+    @property
+    def seen(self) -> np.ndarray:
+        """How many pixels there are up to and with each group, (G,) int."""
+        if self.sizes.max() == 1:
+            return np.arange(1, len(self.sizes) + 1)
+        return np.cumsum(self.sizes, dtype=np.int32)
+
     def top(self, n: int) -> tuple[int, tuple[int, int, int]]:
         """Return how many of the first `n` pixels are marked for sure, and the tie at the n-th place.
 
         The tie is the number of its pixels, of those marked, and of those still to draw.
         """
-        seen = np.cumsum(self.sizes, dtype=np.int32)
+        seen = self.seen
         tie = int(np.searchsorted(seen, n))
         size = int(self.sizes[tie])
         sure = int(self.marked[:tie].sum(dtype=np.int64))
         return sure, (size, int(self.marked[tie]), n - int(seen[tie]) + size)
 
 
-def grouped(values: np.ndarray, marked: np.ndarray, times: int = 1) -> Groups:
-    """Return the groups of equal `values` (M,), from the largest; `marked` (M,) of `times` pixels of each are marked.
+def levels(values: np.ndarray, marked: np.ndarray, times: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of pixels down to each distinct value, from the largest, and that of the marked ones, (G,) int.
 
-    Where each value stands for one pixel, the mark takes the place of the last bit of the value, so that one sort of
-    numbers does what takes a sort of indices otherwise; it is done only where that makes no two values equal.
+    Each of `values` (M,) stands for `times` pixels, `marked` (M,) of them are marked. Where it stands for one, the mark
+    takes the place of the value's last bit, so that a sort of numbers does what takes a sort of indices otherwise; it
+    is done only where that makes no two values equal.
     """
-    groups = _grouped_by_bit(values, marked) if times == 1 else None
-    return groups or _grouped_by_index(values, marked, times)
+    found = _levels_by_bit(values, marked) if times == 1 else None
+    if found is None:
+        order = np.argsort(values)[::-1]
+        ranked = values[order]
+        found = _at_steps(ranked[1:] != ranked[:-1], marked[order])
+    return found[0] * times, found[1]
 
 
-def _grouped_by_bit(values: np.ndarray, marked: np.ndarray) -> Groups | None:
+def _levels_by_bit(values: np.ndarray, marked: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     bits = (values + 0.0).view(np.int64)  # there is one zero only
     used = bool(np.bitwise_or.reduce(bits) & 1)
     bits = (bits & ~np.int64(1)) | marked
     ranked = np.sort(bits.view(np.float64)).view(np.int64)[::-1]
-    flags, ranked = (ranked & 1).astype(np.uint8), ranked >> 1
+    flags = (ranked & 1).astype(np.uint8)
+    ranked >>= 1
     new = ranked[1:] != ranked[:-1]
-    if new.all():
-        return Groups(np.ones(len(values), dtype=np.uint8), flags)
-    return None if used else _runs(new, flags, 1)
+    return None if used and not new.all() else _at_steps(new, flags)
 
 
-def _grouped_by_index(values: np.ndarray, marked: np.ndarray, times: int) -> Groups:
-    order = np.argsort(values)[::-1]
-    ranked = values[order]
-    return _runs(ranked[1:] != ranked[:-1], marked[order], times)
-
-
-def _runs(new: np.ndarray, marked: np.ndarray, times: int) -> Groups:
-    starts = np.concatenate([[0], np.flatnonzero(new) + 1])
-    sizes = np.diff(starts, append=len(marked)) * times
-    counts = np.add.reduceat(marked, starts, dtype=np.int64)
-    # a byte per pixel and array at full resolution
-    return Groups(*(each.astype(np.min_scalar_type(each.max())) for each in (sizes, counts)))
+def _at_steps(new: np.ndarray, marked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    ends = np.flatnonzero(np.append(new, True))
+    return ends + 1, np.cumsum(marked, dtype=np.int32)[ends]
 
 
 def ranking(samples: Samples, row: int) -> Groups:
@@ -182,7 +183,10 @@ def ranking(samples: Samples, row: int) -> Groups:
 
 def _ranking(samples: Samples, row: int) -> Groups:
     values, times = distinct(samples, row)
-    return grouped(values, inside(samples, row), times)
+    cumulative = levels(values, inside(samples, row), times)
+    counts = (np.diff(each, prepend=0) for each in cumulative)
+    # a byte per pixel and array at full resolution
+    return Groups(*(each.astype(np.min_scalar_type(each.max())) for each in counts))
 
 
 def hypergeometric(total: int, marked: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:
