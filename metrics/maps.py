@@ -161,10 +161,10 @@ def levels(values: np.ndarray, marked: np.ndarray, times: int = 1) -> tuple[np.n
 
 
 def _levels_by_bit(values: np.ndarray, marked: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    bits = (values + 0.0).view(np.int64)  # there is one zero only
+    bits = (0.0 - values).view(np.int64)  # the largest first, and one zero only
     used = bool(np.bitwise_or.reduce(bits) & 1)
     bits = (bits & ~np.int64(1)) | marked
-    ranked = np.sort(bits.view(np.float64)).view(np.int64)[::-1]
+    ranked = np.sort(bits.view(np.float64)).view(np.int64)
     flags = (ranked & 1).astype(np.uint8)
     ranked >>= 1
     new = ranked[1:] != ranked[:-1]
@@ -172,8 +172,11 @@ def _levels_by_bit(values: np.ndarray, marked: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _at_steps(new: np.ndarray, marked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    counts = np.cumsum(marked, dtype=np.int32)
+    if new.all():
+        return np.arange(1, len(marked) + 1, dtype=np.int32), counts
     ends = np.flatnonzero(np.append(new, True))
-    return ends + 1, np.cumsum(marked, dtype=np.int32)[ends]
+    return ends + 1, counts[ends]
 
 
 def ranking(samples: Samples, row: int) -> Groups:
