@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -48,8 +49,8 @@ HEADINGS = {
 
 def card(component: Component, facts: Mapping[str, str]) -> str:
     """Return one component's card in Markdown: its docstring, then a list of facts."""
-    text = (inspect.getdoc(type(component)) or "").replace("``", "`")
-    lines = [f"- **{fact}**: {value}" for fact, value in facts.items() if value]
+    text = (inspect.getdoc(type(component)) or "").partition("\n\nParameters\n---")[0].replace("``", "`")
+    lines = [f"- **{fact}**: {value}".replace(": \n", ":\n") for fact, value in facts.items() if value]
     return "\n".join([f"### {component.name}", "", text, "", *lines, ""])
 
 
@@ -76,7 +77,7 @@ def of_metric(metric: Metric) -> dict[str, str]:
     return {
         "Formula": f"`{metric.formula}`",
         "Better": f"{'higher' if metric.higher_is_better else 'lower'}, in [{low}, {high}]",
-        "Chance": "depends on the image" if metric.chance is None else f"{metric.chance:g}",
+        "Chance": _chance(metric),
         "Rewards": metric.rewards,
         "Fooled by": metric.fooled_by,
         "Sign": {
@@ -93,7 +94,28 @@ def of_metric(metric: Metric) -> dict[str, str]:
 
 
 def _parameters(component: Component) -> str:
+    """Return a nested list of the parameters with their defaults and what the docstrings say of them."""
+    said = {name: text for base in reversed(type(component).__mro__) for name, text in _documented(base).items()}
+    lines = [f"    - `{name}={value!r}`{said.get(name, '')}" for name, value in component.params.items()]
+    return "\n".join(["", *lines]) if any(name in said for name in component.params) else _in_a_row(component)
+
+
+def _chance(metric: Metric) -> str:
+    if metric.chance is not None:
+        return f"{metric.chance:g}"
+    known = type(metric).chance_level is not Metric.chance_level
+    return "computed for each image" if known else "not known beforehand: compare with the random rows of a board"
+
+
+def _in_a_row(component: Component) -> str:
     return ", ".join(f"`{name}={value!r}`" for name, value in component.params.items())
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """Return what a numpydoc docstring says of each parameter, as ": Text.", on one line."""
+    section = (inspect.getdoc(cls) or "").partition("Parameters\n----------\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^(\w+) : .*\n((?:    .*\n?)+)", section, re.MULTILINE)
+    return {name: ": " + " ".join(text.replace("``", "`").split()) for name, text in entries}
 
 
 def _map(explainer: Explainer) -> str:
