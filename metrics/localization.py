@@ -462,7 +462,7 @@ class Curve(NamedTuple):
 
 def curve(view: Samples, row: int) -> Curve:
     """Return the scores that need the whole ranking; computed in one go and kept."""
-    return view.keep("curves", lambda: for_each_map(lambda each: _curve(view, each), len(view)))[row]
+    return view.keep("curves", lambda: [_curve(view, each) for each in range(len(view))])[row]
 
 
 def _curve(view: Samples, row: int) -> Curve:

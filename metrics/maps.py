@@ -181,7 +181,8 @@ def _at_steps(new: np.ndarray, marked: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def ranking(samples: Samples, row: int) -> Groups:
     """Return a map's groups of equal pixels from the most relevant, those in the ROI marked; kept for all metrics."""
-    return samples.keep("rankings", lambda: for_each_map(lambda each: _ranking(samples, each), len(samples)))[row]
+    # by one thread: what is kept among what is freed makes memory the bottleneck
+    return samples.keep("rankings", lambda: [_ranking(samples, each) for each in range(len(samples))])[row]
 
 
 def _ranking(samples: Samples, row: int) -> Groups:
