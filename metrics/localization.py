@@ -18,7 +18,6 @@ from metrics.maps import (
     MapMetric,
     QuantusMapMetric,
     distinct,
-    for_each_map,
     hypergeometric,
     inside,
     levels,
