@@ -200,14 +200,13 @@ class Metric(Component):
 
     def undefined(self, samples: Samples) -> list[str]:
         """Return for each sample why the metric is undefined on it, or ""."""
-        flat = samples.maps.reshape(len(samples), -1)
         reasons = []
-        for values, roi in zip(flat, samples.roi, strict=True):
-            if not np.isfinite(values).all():
+        for spread, roi in zip(samples.keep("spread", lambda: _spread(samples.maps)), samples.roi, strict=True):
+            if not np.isfinite(spread):
                 reasons.append("map is not finite")
             elif self.needs_roi and not roi.any():
                 reasons.append("empty ROI")
-            elif self.undefined_on_constant and np.ptp(values) == 0:
+            elif self.undefined_on_constant and spread == 0:
                 reasons.append("constant map")
             else:
                 reasons.append("")
@@ -241,6 +240,11 @@ class Metric(Component):
         for row in rows[~np.isfinite(values[rows])]:
             values[row], reasons[row] = np.nan, self.undefined_reason
         return Scores(values, reasons)
+
+
+def _spread(maps: np.ndarray) -> list[float]:
+    """Return the largest minus the smallest value of each map (N, H, W); NaN where one is not finite."""
+    return [float(np.ptp(values)) if np.isfinite(values).all() else np.nan for values in maps]
 
 
 def _both_at(pair: tuple[Tensor, np.ndarray], rows: np.ndarray) -> tuple[Tensor, np.ndarray]:

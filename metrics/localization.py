@@ -18,9 +18,9 @@ from metrics.maps import (
     MapMetric,
     QuantusMapMetric,
     distinct,
+    grouped,
     hypergeometric,
     inside,
-    levels,
     minmax_scaled,
     ranking,
 )
@@ -33,7 +33,7 @@ FULL = "ROI covers the whole image"
 
 def roi_area(samples: Samples) -> np.ndarray:
     """Return (N,) float64: the fraction of each image that its ROI covers."""
-    return samples.roi.mean(axis=(1, 2))
+    return np.count_nonzero(samples.roi, axis=(1, 2)) / samples.roi[0].size
 
 
 def roi_size(samples: Samples) -> np.ndarray:
@@ -124,7 +124,7 @@ class RoiMetric(MapMetric):
 
     def by_chance(self, view: Samples, row: int) -> float:
         """Return the chance level of the map at `row` of a `view`, before any correction: the ROI's share."""
-        return float(view.roi[row].mean())
+        return np.count_nonzero(view.roi[row]) / view.roi[row].size
 
 
 class PointingGame(RoiMetric, QuantusMapMetric):
@@ -187,8 +187,7 @@ def positive_part(attribution: np.ndarray) -> np.ndarray:
 def _positive_mass(view: Samples, row: int) -> float:
     values, times = distinct(view, row)
     positive, marked = positive_part(values), inside(view, row)
-    total = positive.sum() * times
-    within = positive[marked].sum() if times == 1 else (positive * marked).sum()
+    total, within = positive.sum() * times, (positive * marked).sum()
     return float(min(within / total, 1)) if total > 0 else np.nan
 
 
@@ -250,7 +249,7 @@ class RelevanceRankAccuracy(TopMetric, QuantusMapMetric):
 
     def of_map(self, view: Samples, row: int) -> float:
         """Return the score of one map."""
-        size = int(view.roi[row].sum())
+        size = np.count_nonzero(view.roi[row])
         return self.expected_hits(view, row, size) / size
 
 
@@ -314,11 +313,11 @@ class IoUTop5(RoiMetric):
         """Return the score of one map."""
         n = n_top(view.maps[row].size, self.percent)
         sure, tie = ranking(view, row).top(n)
-        return mean_iou(int(view.roi[row].sum()), n, sure, tie)
+        return mean_iou(np.count_nonzero(view.roi[row]), n, sure, tie)
 
     def by_chance(self, view: Samples, row: int) -> float:
         """Return the mean IoU of the ROI with as many random pixels."""
-        size, total = int(view.roi[row].sum()), view.maps[row].size
+        size, total = np.count_nonzero(view.roi[row]), view.maps[row].size
         n = n_top(total, self.percent)
         return mean_iou(size, n, 0, (total, size, n))
 
@@ -399,8 +398,8 @@ def box_iou(attribution: np.ndarray, roi: np.ndarray, percent: float) -> float:
     top = attribution >= np.partition(attribution, -1 - k, axis=None)[-1 - k]
     rows, columns = (np.flatnonzero(top.any(axis=axis)) for axis in (1, 0))
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    both = roi[box].sum()
-    return float(both / (roi[box].size + roi.sum() - both))
+    both = np.count_nonzero(roi[box])
+    return both / (roi[box].size + np.count_nonzero(roi) - both)
 
 
 MOST_BOXES = 10**6
@@ -519,7 +518,7 @@ class AveragePrecision(RoiMetric):
 
     def by_chance(self, view: Samples, row: int) -> float:
         """Return the mean over all orders of the pixels."""
-        total, size = view.maps[row].size, int(view.roi[row].sum())
+        total, size = view.maps[row].size, np.count_nonzero(view.roi[row])
         others = (size - 1) / (total - 1)
         return float((_harmonic(total) * (1 - others) + total * others) / total)
 
@@ -664,7 +663,7 @@ class SegmentationMap(RoiMetric):
     def by_chance(self, view: Samples, row: int) -> float:
         """Return the mean over all places of the map's values."""
         values, times = distinct(view, row)
-        scaled, total, share = minmax_scaled(values), view.maps[row].size, float(view.roi[row].mean())
+        scaled, total, share = minmax_scaled(values), view.maps[row].size, super().by_chance(view, row)
         # the first scores are those of the `high` largest values as ROI, and of the `low` smallest as background
         seen, high = Channels.ranked(scaled, (scaled > 0.5) * times, times).cumulative()
         low = seen - high
@@ -706,7 +705,8 @@ class Channels(NamedTuple):
     def ranked(cls, scaled: np.ndarray, marked: np.ndarray, times: int) -> Channels:
         """Rank `scaled` (M,) in [0, 1], `times` pixels of each value, `marked` (M,) of their larger scores marked."""
         doubt = np.rint(np.minimum(scaled, 1 - scaled) * 2.0**STEPS)
-        seen, hits = levels(-doubt, marked, times)
+        groups = grouped(-doubt, marked, times)
+        seen, hits = groups.seen, np.cumsum(groups.marked, dtype=np.int32)
         halves = int(np.count_nonzero(doubt == 2.0 ** (STEPS - 1))) * times
         return cls(seen[:-1], hits[:-1], halves) if halves else cls(seen, hits, 0)
 
@@ -718,7 +718,8 @@ class Channels(NamedTuple):
         """Return the average precision of the marked scores."""
         pixels = int(self.seen[-1:].sum()) + self.halves
         seen, marked = self._halfway()
-        above = (np.diff(self.marked, prepend=0) * (self.marked / self.seen)).sum()
+        hits = self.marked / self.seen
+        above = (np.diff(self.marked) * hits[1:]).sum() + (self.marked[:1] * hits[:1]).sum()
         # below 1/2 the same pixels in reverse, and what was not marked is
         unmarked = self.seen - self.marked
         rest = (pixels - unmarked[:-1]) / (2 * pixels - self.seen[:-1])
