@@ -249,7 +249,7 @@ class RelevanceRankAccuracy(TopMetric, QuantusMapMetric):
 
     def of_map(self, view: Samples, row: int) -> float:
         """Return the score of one map."""
-        size = np.count_nonzero(view.roi[row])
+        size = int(np.count_nonzero(view.roi[row]))
         return self.expected_hits(view, row, size) / size
 
 
