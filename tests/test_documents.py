@@ -14,7 +14,7 @@ import adapters
 import metrics
 from adapters import conformance
 from adapters.recording import shareable
-from bench import cli
+from bench import cli, suite
 from explainer_bench import split_specs
 
 HOUSE = Path(adapters.__file__).parents[1]
@@ -153,8 +153,21 @@ def test_the_readme_lists_every_explainer():
     assert sorted(re.findall(r"`(\w+)`", table)) == adapters.registry.names()
 
 
+def test_the_readme_and_the_suite_of_all_metrics_list_every_metric():
+    table = (HOUSE / "README.md").read_text().partition("| Group | Metrics |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"`(\w+)`", table)) == metrics.registry.names()
+    assert sorted(suite.load("all_metrics").metrics) == metrics.registry.names()
+
+
+def test_every_metric_has_a_measured_reliability():
+    text = (HOUSE / "docs/which-metrics.md").read_text()
+    assert [name for name in metrics.registry.names() if f"| {name} " not in text] == []
+
+
 def test_the_readme_names_only_real_parts():
     text = (HOUSE / "README.md").read_text()
     specs = [spec for chosen in re.findall(r'--explainers "(.*?)"', text) for spec in split_specs(chosen)]
     assert [adapters.get(spec).name for spec in specs if spec != "mine.py"]
+    section = text.partition("## Metrics")[2].partition("\n## ")[0]
+    assert [metrics.get(spec) for spec in re.findall(r"`([\w:]+\[.*?\])`", section)]
     assert adapters.get("transformer_attribution", start_layer=1).spec in text
