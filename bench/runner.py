@@ -32,7 +32,9 @@ from metrics import Metric, Samples, perturbation
 from metrics.base import Reexplain
 
 STAGES = ("predict", "explain", "score")
-TOGETHER = 8  # explainers whose perturbed images go through the model in one stream; bounds the maps in memory
+# Explainers whose perturbed images go through the model in one stream. A GPU needs it to fill its batches; on the CPU
+# nothing is gained, and more is lost when the run is killed: scores are stored once the stream has ended.
+TOGETHER = {"cpu": 1, "cuda": 8}
 Wanted = dict[str, tuple[Explainer, np.ndarray]]  # cell: whose maps for which classes
 Progress = Callable[[str, int, int], None]  # stage, done, total: one step is one explainer on one shard
 
@@ -303,12 +305,14 @@ class Run:
         known = self.known(problem, shard)
         shared: dict[Any, Any] = {}
         explainers = self.supported(problem)
-        for start in range(0, len(explainers), TOGETHER):
-            some = explainers[start : start + TOGETHER]
+        together = TOGETHER[self.device.type]
+        for start in range(0, len(explainers), together):
+            some = explainers[start : start + together]
             jobs = [list(self._score_jobs(problem, shard, explainer, known, shared)) for explainer in some]
-            # Whatever goes wrong here goes wrong again in the cell at fault, and is recorded there.
-            with suppress(Exception):
-                perturbation.prefetch((metric, samples) for of_one in jobs for _, metric, samples in of_one)
+            if together > 1:
+                # Whatever goes wrong here goes wrong again in the cell at fault, and is recorded there.
+                with suppress(Exception):
+                    perturbation.prefetch((metric, samples) for of_one in jobs for _, metric, samples in of_one)
             for of_one in jobs:
                 for cell, metric, samples in of_one:
                     self._score_cell(cell, shard, metric, samples)

@@ -61,15 +61,15 @@ def build_model(
     ranks = statistics.rank(statistics.mean(cube.values) * sign, complete)
     resampled_ranks = statistics.rank(replicates * sign, complete)
     arrays = _per_metric(cube, replicates, sign, ranks, resampled_ranks)
-    for position, name in enumerate(names):
-        for column, key in ((name, "mean"), (f"{name}_ci_low", "ci_low"), (f"{name}_ci_high", "ci_high")):
-            rows[column] = arrays[key][:, position]
+    columns = {"": "mean", "_ci_low": "ci_low", "_ci_high": "ci_high"}
+    wide = {f"{name}{end}": arrays[key][:, place] for place, name in enumerate(names) for end, key in columns.items()}
+    rows = rows.join(pd.DataFrame(wide, index=rows.index))
     rows = rows.join(_overall(rows.index, complete, metrics["group"], ranks, resampled_ranks))
     rows["beats_baselines"] = _beaten(cube, sign, metrics["group"], rows)
     axes = pd.MultiIndex.from_product([rows.index, names], names=["explainer", "metric"])
     long = pd.DataFrame({key: array.ravel() for key, array in arrays.items()}, index=axes).reset_index()
-    columns = ["dataset", "model", "explainer_version", "params", "seconds_per_image", "status", "info"]
-    return rows.reset_index(), long.merge(rows[columns], left_on="explainer", right_index=True)
+    described = ["dataset", "model", "explainer_version", "params", "seconds_per_image", "status", "info"]
+    return rows.reset_index(), long.merge(rows[described], left_on="explainer", right_index=True)
 
 
 def _with_gaps(rows: pd.DataFrame, cube: _Cube, scores: pd.DataFrame, metrics: np.ndarray) -> pd.DataFrame:

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import adapters
 import metrics
 
 from .conftest import Outcome, tables
@@ -180,10 +179,9 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(
 def test_scores_do_not_depend_on_the_batch_size(checkpoint: Path, tmp_path: Path) -> None:
     from bench import api, report, suite
 
-    listed = suite.load("quickstart").explainers
-    explainers = [adapters.quick(name).spec for name in listed]
+    explainers = ["gae", "integrated_gradients[n_steps=4]", "random_token", "constant"]
     chosen = suite.load(
-        "quickstart", models=[str(checkpoint)], explainers=explainers, metrics=metrics.registry.names(), samples=4
+        "quickstart", models=[str(checkpoint)], explainers=explainers, metrics=metrics.registry.names(), samples=3
     )
     boards = []
     for batch_size in (1, 16):
@@ -192,8 +190,8 @@ def test_scores_do_not_depend_on_the_batch_size(checkpoint: Path, tmp_path: Path
         cells = json.loads((out / "plan.json").read_text())["cells"]
         store = report.Store(out)
         boards.append(np.concatenate([store.read_table(cell["scores"])["value"] for cell in cells]))
-    assert len(boards[0]) == 4 * len(explainers) * len(metrics.registry.names())
-    np.testing.assert_allclose(boards[0], boards[1], rtol=0, atol=1e-5)
+    assert len(boards[0]) == 3 * len(explainers) * len(metrics.registry.names())
+    np.testing.assert_allclose(boards[0], boards[1], rtol=1e-4, atol=1e-5)
 
 
 BROKEN = '''

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench import api
+from bench import api, runner
 from bench import suite as suites
+from metrics.perturbation import prefetch
 
 METRICS = '''
 import numpy as np
@@ -85,6 +86,23 @@ def test_a_metric_that_fails_costs_its_own_cells_only(tmp_path: Path, file: Path
     result, board = run(tmp_path / "out", [f"{file}:Broken", "srg"], ["rollout", "random"])
     assert len(result.failures) == 1 and "no patches for you" in result.failures[0]
     assert (board.xs("srg", level="metric")["n"] == 3).all()
+
+
+def test_explainers_scored_in_one_stream_score_the_same(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, explainers = ["srg", "saco", "sparseness", f"{file}:Broken"], ["rollout", "cdam", "constant"]
+    one_by_one, expected = run(tmp_path / "alone", metrics, explainers)
+    streams = []
+    monkeypatch.setitem(runner.TOGETHER, "cpu", 2)
+    monkeypatch.setattr(runner.perturbation, "prefetch", lambda cells: streams.append(prefetch(list(cells))))
+    together, found = run(tmp_path / "together", metrics, explainers)
+    assert len(streams) == 1  # the broken metric ends the first, and asks nothing of a constant map
+    assert together.failures == one_by_one.failures
+    pd.testing.assert_frame_equal(found[["mean", "n"]], expected[["mean", "n"]])
+    _, found = run(tmp_path / "two", metrics[:-1], explainers)
+    assert len(streams) == 3
+    np.testing.assert_allclose(found["mean"], expected["mean"].drop("broken", level="metric"), rtol=1e-5)
 
 
 def test_precision_changes_the_scores_a_little_and_nothing_else(tmp_path: Path) -> None:
