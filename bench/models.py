@@ -74,9 +74,11 @@ class Model:
     @property
     def patch(self) -> tuple[int, int]:
         """Height and width in pixels of a ViT's patch; without patches, the divisors nearest a 14th of the input."""
-        embed = getattr(self.module, "patch_embed", None)
-        height, width = getattr(embed, "patch_size", None) or map(_fourteenth, self.input_size)
-        return int(height), int(width)
+        grid = getattr(getattr(self.module, "patch_embed", None), "grid_size", None)
+        height, width = map(_fourteenth, self.input_size)
+        if grid:  # a hybrid's `patch_size` is that on its backbone's features
+            height, width = (side // n for side, n in zip(self.input_size, grid, strict=True))
+        return height, width
 
     @cached_property
     def fingerprint(self) -> str:

@@ -38,6 +38,7 @@ class Shard:
 
     def __init__(self, index: int, samples: list[Sample], dataset: Dataset, model: Model) -> None:
         self.index, self.samples, self._dataset, self._model = index, samples, dataset, model
+        self._moved: dict[torch.device, Tensor] = {}
 
     @cached_property
     def _items(self) -> list[Item]:
@@ -52,6 +53,12 @@ class Shard:
     def masks(self) -> list[dict[int, np.ndarray]]:
         """Per sample its ROI mask (H, W) bool per class, at the model's input size."""
         return [{c: self._model.preprocess_roi(mask) for c, mask in item.roi.items()} for item in self._items]
+
+    def inputs_on(self, device: torch.device) -> Tensor:
+        """Return `inputs` on a device; moved there once."""
+        if device not in self._moved:
+            self._moved[device] = self.inputs.to(device)
+        return self._moved[device]
 
     def roi(self, classes: np.ndarray) -> np.ndarray:
         """Return (n, H, W) bool: each sample's ROI for its class, all False where it has none."""

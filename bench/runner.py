@@ -376,7 +376,7 @@ class Run:
 
         return Samples(
             model=problem.module,
-            inputs=shard.inputs.to(self.device),
+            inputs=shard.inputs_on(self.device),
             targets=known.targets,
             maps=target_maps,
             roi=shard.roi(known.targets),
@@ -460,7 +460,11 @@ def _timed_forward(modules: list[torch.nn.Module], clock: Run) -> Iterator[None]
     def stop(*_: object) -> None:
         clock.forward_seconds += time.perf_counter() - starts.pop()
 
-    handles = [m.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())) for m in set(modules)]
+    def start(*_: object) -> None:
+        starts.append(time.perf_counter())
+
+    start.observer = stop.observer = True  # type: ignore[attr-defined]  # they change nothing: see metrics.vit
+    handles = [m.register_forward_pre_hook(start) for m in set(modules)]
     handles += [m.register_forward_hook(stop, always_call=True) for m in set(modules)]
     try:
         yield

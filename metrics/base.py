@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from explainer_bench import Component
 
+T = TypeVar("T")
 GROUPS = (
     "faithfulness",
     "localization",
@@ -75,8 +76,6 @@ class Samples:
         How perturbed images go through the model; maps and everything else are not touched.
     shared : dict
         Results that do not depend on the explainer, kept for all explainers of these images (see `once`).
-    whole, rows
-        Set by `take`: the samples that these are `rows` of.
     """
 
     model: nn.Module
@@ -96,32 +95,31 @@ class Samples:
     black: Tensor | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-    whole: Samples | None = field(default=None, repr=False)
-    rows: np.ndarray | None = None
-    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)  # `replace` starts a new one
+    # `replace` starts anew with these: which samples these are `rows` of, set by `take`, and what `keep` keeps
+    whole: Samples | None = field(default=None, init=False, repr=False)
+    rows: np.ndarray | None = field(default=None, init=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: np.ndarray) -> Samples:
         """Return the samples at `rows`; what is `shared` stays so."""
-        return self.keep(("take", rows.tobytes()), lambda: self._take(rows))
-
-    def _take(self, rows: np.ndarray) -> Samples:
         names = "targets", "maps", "roi", "logits", "seeds", "labels"
         arrays = {name: array[rows] for name in names if (array := getattr(self, name)) is not None}
         by_class = {name: self._of_classes(getattr(self, name), rows) for name in ("explain", "roi_of")}
         again, mosaics = self.reexplain, self.mosaics
-        return replace(
+        part = replace(
             self,
             inputs=self.inputs[torch.as_tensor(rows, device=self.inputs.device)],
             reexplain=again and (lambda model, images, targets, of: again(model, images, targets, rows[of])),
             mosaics=mosaics and (lambda: _both_at(mosaics(), rows)),
-            whole=self.whole or self,
-            rows=rows if self.rows is None else self.rows[rows],
             **arrays,
             **by_class,
         )
+        object.__setattr__(part, "whole", self.whole or self)
+        object.__setattr__(part, "rows", rows if self.rows is None else self.rows[rows])
+        return part
 
     def _of_classes(self, function: Callable[[np.ndarray], np.ndarray] | None, rows: np.ndarray) -> Any:
         def at_rows(classes: np.ndarray) -> np.ndarray:
@@ -143,10 +141,22 @@ class Samples:
 
         `key` names everything that the result depends on besides the images, targets and model.
         """
+        found = self.share(key, compute)
+        return found if self.rows is None else found[self.rows]
+
+    def share(self, key: Hashable, compute: Callable[[Samples], T]) -> T:
+        """Return ``compute(whole)`` for the whole of which these are a part, computed once for all explainers.
+
+        Samples of other images, targets, seeds or another model do not get to see it, even with the same `shared`.
+        """
         whole = self.whole or self
-        if key not in whole.shared:
-            whole.shared[key] = compute(whole)
-        return whole.shared[key] if self.rows is None else whole.shared[key][self.rows]
+        objects = whole.model, whole.inputs
+        arrays = (whole.targets, whole.seeds, whole.logits, whole.black if whole.black is None else whole.black.cpu())
+        values = *map(str, (whole.patch, whole.precision)), *(np.asarray(array).tobytes() for array in arrays)
+        of_images = *map(id, objects), *values
+        if (key, of_images) not in whole.shared:
+            whole.shared[key, of_images] = compute(whole), objects  # which keeps their ids from being given away
+        return whole.shared[key, of_images][0]
 
 
 class Scores(NamedTuple):
@@ -252,7 +262,9 @@ def _both_at(pair: tuple[Tensor, np.ndarray], rows: np.ndarray) -> tuple[Tensor,
 
 
 def _at(samples: Samples, rows: np.ndarray) -> Samples:
-    return samples if len(rows) == len(samples) else samples.take(rows)
+    if len(rows) == len(samples):
+        return samples
+    return samples.keep(("take", rows.tobytes()), lambda: samples.take(rows))
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:

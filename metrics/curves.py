@@ -372,7 +372,8 @@ class Accuracy(RemovalMetric):
 
     def correct(self, seen: Outputs, classes: np.ndarray) -> list[np.ndarray]:
         """Return for each order (N, S) float64: 1 where the model predicts the class (N,), else 0."""
-        return np.split((seen.predicted == classes[:, None]).astype(float), len(self.orders), axis=1)
+        right = np.where(np.isnan(seen.predicted), np.nan, seen.predicted == classes[:, None])
+        return np.split(right, len(self.orders), axis=1)
 
 
 class RoadMorf(Accuracy, PatchMetric):
@@ -599,8 +600,12 @@ class Irof(RemovalMetric):
         return reasons
 
     def ranks(self, samples: Samples) -> np.ndarray:
-        """Return (N, L) int; superpixels that an image has not come last."""
-        return ranks(self.relevance(samples), samples.seeds)
+        """Return (N, L) int; superpixels that an image has not come last, and take no part in its lottery."""
+        relevance, sizes = self.relevance(samples), self.sizes(samples)
+        ranked = np.tile(np.arange(relevance.shape[1]), (len(samples), 1))
+        for row, size in enumerate(sizes):
+            ranked[row, :size] = ranks(relevance[row : row + 1, :size], samples.seeds[row : row + 1])
+        return ranked
 
     def counts(self, samples: Samples) -> np.ndarray:
         """Return (L + 1,) int: every single superpixel, for the image that has most."""

@@ -44,7 +44,8 @@ def black_pixel(samples: Samples) -> Tensor:
 def blur(samples: Samples) -> Tensor:
     """Return (N, C, H, W): the image under a Gaussian whose deviation is a 16th of its side (14 of 224 pixels)."""
     sigma = [side / 16 for side in samples.inputs.shape[:1:-1]]
-    return gaussian_blur(samples.inputs, [2 * int(3 * s) + 1 for s in sigma], sigma)
+    kernel = [2 * max(1, int(3 * s)) + 1 for s in sigma]
+    return torch.cat([gaussian_blur(images, kernel, sigma) for images in samples.inputs.split(16)])
 
 
 STATIC: dict[str, Callable[[Samples], Tensor]] = {

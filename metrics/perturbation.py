@@ -44,7 +44,7 @@ class Outputs:
     log_partition : ndarray
         The logarithm of the sum over classes of the exponential of the logit.
     predicted : ndarray
-        The class with the largest logit.
+        The class with the largest logit; NaN where the logits are not finite.
     """
 
     logit: np.ndarray
@@ -140,14 +140,14 @@ class Passes:
         return with_gradients(self.samples.model, self.samples.inputs)
 
     def read(self, rows: np.ndarray, removal: Removal) -> Outputs:
-        """Return the outputs for the samples at `rows`; computes whatever was asked for and is not known."""
+        """Return the outputs for the samples at `rows`; computes those that are not known."""
         table, wanted = self._want(rows, removal)
-        self.run()
+        self._run(removal.imputer, table)
         logit, rival, log_partition, predicted = np.moveaxis(table.values[wanted], -1, 0)
         return Outputs(logit, rival, log_partition, predicted)
 
     def want(self, rows: np.ndarray, removal: Removal) -> None:
-        """Ask for a removal, to be computed together with others by the next `run` or `read`."""
+        """Ask for a removal, to be computed together with others by the next `run`."""
         self._want(rows, removal)
 
     def _want(self, rows: np.ndarray, removal: Removal) -> tuple[_Table, np.ndarray]:
@@ -164,15 +164,18 @@ class Passes:
     def run(self) -> None:
         """Compute all that was asked for."""
         for (imputer, *_), table in self._tables.items():
-            if not table.rows:
-                continue
-            try:
-                table.values = np.concatenate([table.values, self._stream(imputer, table)])
-                self.computed += len(table.rows)
-                table.rows, table.masks = [], []
-            except BaseException:
-                table.forget_pending()
-                raise
+            self._run(imputer, table)
+
+    def _run(self, imputer: str, table: _Table) -> None:
+        if not table.rows:
+            return
+        try:
+            table.values = np.concatenate([table.values, self._stream(imputer, table)])
+            self.computed += len(table.rows)
+            table.rows, table.masks = [], []
+        except BaseException:
+            table.forget_pending()
+            raise
 
     def _stream(self, imputer: str, table: _Table) -> np.ndarray:
         """Return (M, 4): the outputs of the pending removals of one table."""
@@ -206,7 +209,8 @@ class Passes:
         pair = logits.gather(1, self._classes[rows])
         if logits.shape[1] == 1:
             pair[:, 1] = torch.nan
-        return torch.cat([pair, logits.logsumexp(1, keepdim=True), logits.argmax(1, keepdim=True)], dim=1)
+        partition, predicted = logits.logsumexp(1, keepdim=True), logits.argmax(1, keepdim=True).double()
+        return torch.cat([pair, partition, predicted.where(partition.isfinite(), torch.nan)], dim=1)
 
     @contextmanager
     def _forward(self, imputer: str, table: _Table) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
@@ -286,10 +290,7 @@ def in_batches(run: Callable[[Tensor], Tensor], index: Tensor, batch_size: int) 
 
 def passes(samples: Samples) -> Passes:
     """Return the forward passes that all explainers and metrics of these images share."""
-    whole = samples.whole or samples
-    if "passes" not in whole.shared:
-        whole.shared["passes"] = Passes(whole)
-    return whole.shared["passes"]
+    return samples.share("passes", Passes)
 
 
 def prefetch(cells: Iterable[tuple[Metric, Samples]]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from metrics.base import Samples, pearson
 from metrics.class_sensitivity import map_ssim
+from metrics.maps import minmax_scaled
 from metrics.quantus_bridge import GradientModel
 from metrics.reexplaining import ReexplainingMetric, noisy
 
@@ -125,8 +126,12 @@ def _is_normalisation(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell a normalisation layer by the name of its class: PyTorch's and timm's have no base in common."""
-    return "norm" in type(module).__name__.lower()
+    """Tell a normalisation layer by the name of its class, as PyTorch's and timm's have no base in common.
+
+    One that owns a matrix is a layer that normalises besides, such as a cosine classifier.
+    """
+    plain = isinstance(module, nn.LayerNorm) or all(p.ndim < 2 for p in module.parameters(recurse=False))
+    return "norm" in type(module).__name__.lower() and plain
 
 
 def redraw(model: nn.Module, stage: Stage, seed: int) -> None:
@@ -354,7 +359,8 @@ class EfficientMprt(ReexplainingMetric):
 
     def complexity(self, maps: np.ndarray) -> np.ndarray:
         """Return (N,) float64 in [0, ln bins], in nats."""
-        return np.array([entropy(np.histogram(values, bins=self.bins)[0]) for values in maps])
+        scaled = (minmax_scaled(values) if np.ptp(values) > 0 else values for values in maps)
+        return np.array([entropy(np.histogram(values, bins=self.bins)[0]) for values in scaled])
 
     def score(self, samples: Samples) -> np.ndarray:
         """Return (N,) float64, at least -1."""

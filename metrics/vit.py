@@ -26,42 +26,52 @@ class TokenModel:
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model
         self.embed: Callable[[Tensor], Tensor] = model.patch_embed.forward
+        self._changed: list[nn.Module] = []
 
     @classmethod
     def of(cls, model: nn.Module, patch: tuple[int, int]) -> TokenModel | None:
         """Return the model, if it is known to the last detail and its patches are those of the metric."""
-        if type(model) is not VisionTransformer or "forward" in vars(model):
+        if type(model) is not VisionTransformer or any(map(_altered, model.modules())):
             return None
         embed: Any = model.patch_embed
         plain = type(embed) is PatchEmbed and embed.proj.stride == embed.proj.kernel_size == tuple(patch)
-        plain = plain and embed.flatten and not model.dynamic_img_size and not _hooked(embed)
-        return cls(model) if plain else None
+        return cls(model) if plain and embed.flatten and not model.dynamic_img_size else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the logits (B, K) of patch tokens (B, P, D)."""
         return self.model(tokens)
 
     def __enter__(self) -> TokenModel:
-        self.model.patch_embed.forward = lambda tokens: tokens  # type: ignore[method-assign]
+        self._change(self.model.patch_embed, lambda tokens: tokens)
         if _reads_prefix_alone(self.model):
             block = self.model.blocks[-1]
-            block.forward = lambda tokens: _prefix_only(block, tokens, self.model.num_prefix_tokens)
+            self._change(block, lambda tokens: _prefix_only(block, tokens, self.model.num_prefix_tokens))
         return self
 
+    def _change(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        module.forward = forward  # type: ignore[method-assign]
+        self._changed.append(module)
+
     def __exit__(self, *_: object) -> None:
-        for module in (self.model.patch_embed, self.model.blocks[-1]):
-            vars(module).pop("forward", None)
+        while self._changed:
+            del self._changed.pop().forward
 
 
-def _hooked(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
+def _altered(module: nn.Module) -> bool:
+    """Tell whether the module does something else than its class says: by hooks, or by methods of its own.
+
+    Hooks with the attribute `observer` only look.
+    """
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    acts = any(not getattr(hook, "observer", False) for hook in hooks)
+    return acts or any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
 
 
 def _reads_prefix_alone(model: VisionTransformer) -> bool:
     block = model.blocks[-1]
     plain = model.global_pool == "token" and model.attn_pool is None and model.num_prefix_tokens > 0
     plain = plain and type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
-    return plain and type(block.attn.qkv) is nn.Linear and not _hooked(block)
+    return plain and type(block.attn.qkv) is nn.Linear
 
 
 def _prefix_only(block: Block, tokens: Tensor, prefix: int) -> Tensor:
@@ -107,6 +117,11 @@ def drop_tokens(model: nn.Module, images: Tensor, kept: Tensor) -> Tensor:
 
     def leave(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens = args[0]
+        if tokens.shape[1] != vit.num_prefix_tokens + kept.shape[1]:
+            patches = tokens.shape[1] - vit.num_prefix_tokens
+            raise RequestError(
+                f"token_removal: the model has {patches} patch tokens, the metric {kept.shape[1]} patches."
+            )
         return tokens.gather(1, index.expand(-1, -1, tokens.shape[-1])), *args[1:]
 
     handle = vit.blocks[0].register_forward_pre_hook(leave)

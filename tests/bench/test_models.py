@@ -224,3 +224,8 @@ def test_imagenet_weights_classify(shared):
     image = Image.open(shared / "data" / "imagenet_samples" / "elephant-zebra.jpg").convert("RGB")
     top = model.module(model.preprocess(np.asarray(image))[None]).topk(5).indices[0].tolist()
     assert {340, 386, 385} & set(top)
+
+
+@pytest.mark.parametrize(("name", "patch"), [("vit_tiny_patch16_224", 16), ("vit_tiny_r_s16_p8_224", 32)])
+def test_the_patch_is_what_a_token_covers(name: str, patch: int) -> None:
+    assert models.create(name, "any", CLASSES).patch == (patch, patch)

@@ -133,4 +133,4 @@ def linear(make_samples: Callable[..., Samples]) -> tuple[Samples, np.ndarray]:
 @pytest.fixture
 def subset() -> Callable[[Samples, list[int]], Samples]:
     """The samples at some rows as if they had come alone: nothing shared with the others."""
-    return lambda samples, rows: replace(samples.take(np.array(rows)), whole=None, rows=None, shared={})
+    return lambda samples, rows: replace(samples.take(np.array(rows)), shared={})

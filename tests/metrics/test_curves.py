@@ -613,3 +613,16 @@ def test_tokens_cannot_be_removed_by_the_pixel(name: str) -> None:
 def test_accuracies_have_no_logits(name: str) -> None:
     with pytest.raises(RequestError, match="accuracy"):
         metrics.get(name, output="logit")
+
+
+def test_irof_breaks_ties_of_an_image_alone(make_samples: Make, subset: Callable) -> None:
+    maps = np.zeros((6, 16, 16))
+    maps[:, :4, :4] = 1
+    rng = np.random.default_rng(0)
+    coarse = torch.as_tensor(rng.random((6, 3, 4, 4))).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    samples = make_samples(6, maps=maps, inputs=(coarse + 0.01 * torch.as_tensor(rng.random((6, 3, 16, 16)))).float())
+    metric = metrics.get("irof", n_segments=12)
+    assert len(set(metric.sizes(samples).tolist())) > 1  # type: ignore[attr-defined]
+    together = metric(samples).values
+    alone = [metric(subset(samples, [row])).values[0] for row in range(6)]
+    np.testing.assert_allclose(alone, together, atol=1e-6)

@@ -404,7 +404,7 @@ def test_scores_are_in_range_and_blind_to_scale_and_order(tokens: np.ndarray, sp
     scaled = metric(replace(samples, maps=samples.maps / 7)).values
     np.testing.assert_allclose(scaled, scores.values, rtol=1e-6, atol=1e-9)
     order = np.array([2, 0, 1])
-    alone = replace(samples.take(order), whole=None, rows=None, shared={})
+    alone = replace(samples.take(order), shared={})
     np.testing.assert_allclose(metric(alone).values, scores.values[order], atol=1e-9)
 
 

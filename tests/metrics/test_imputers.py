@@ -181,7 +181,7 @@ def test_blur_of_a_small_or_oblong_image(make_samples: Make) -> None:
         image[..., height // 2, width // 2] = 1
         blurred = STATIC["blur"](make_samples(1, inputs=image))
         assert blurred.shape == image.shape and blurred.sum() == pytest.approx(1, abs=0.05)
-        assert (blurred.amax() < 1) == (height > 5 or width > 5)
+        assert blurred.amax() < 1
     torch.testing.assert_close(
         STATIC["blur"](make_samples(1, inputs=torch.full((1, 3, 16, 16), 0.4))).mean(), torch.tensor(0.4)
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -392,3 +393,99 @@ def test_other_errors_and_a_single_image_too_large_are_raised() -> None:
         in_batches(lambda index: fail("wrong shape"), torch.arange(4), 2)
     with pytest.raises(RuntimeError, match="can't allocate"):
         in_batches(lambda index: fail("can't allocate memory"), torch.arange(4), 2)
+
+
+def small_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return VisionTransformer(16, 4, embed_dim=16, depth=2, num_heads=2, num_classes=4).eval()
+
+
+def normalise(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] * 2 - 1,)
+
+
+def double(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output * 2
+
+
+ALTERATIONS: dict[str, Callable[[Any], object]] = {
+    "a pre-hook of the model": lambda vit: vit.register_forward_pre_hook(normalise),
+    "a hook of the model": lambda vit: vit.register_forward_hook(double),
+    "a hook of the blocks": lambda vit: vit.blocks.register_forward_hook(double),
+    "a hook of the last norm": lambda vit: vit.norm.register_forward_hook(double),
+    "a patched forward of the last block": lambda vit: setattr(
+        vit.blocks[-1], "forward", lambda tokens: type(vit.blocks[-1]).forward(vit.blocks[-1], tokens) - tokens
+    ),
+    "a patched pooling": lambda vit: setattr(vit, "pool", lambda tokens: tokens.mean(1)),
+}
+
+
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_an_altered_vit_is_asked_as_it_is_and_stays_as_it_is(make_samples: Make, name: str) -> None:
+    vit = small_vit()
+    ALTERATIONS[name](vit)
+    samples = make_samples(3, model=vit)
+    before = vit(samples.inputs)
+    scores = metrics.get("srg", steps=4)(samples).values
+    np.testing.assert_allclose(
+        scores, metrics.get("srg", steps=4)(replace(samples, model=Wrapped(vit))).values, atol=1e-5
+    )
+    assert torch.equal(vit(samples.inputs), before)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: {"inputs": s.inputs + 1},
+        lambda s: {"model": Wrapped(nn.Sequential(s.model, nn.Tanh()))},
+        lambda s: {"targets": (s.targets + 1) % 4},
+        lambda s: {"seeds": s.seeds + np.uint32(1)},
+    ],
+)
+def test_replaced_samples_do_not_see_what_was_computed_for_others(make_samples: Make, change: Callable) -> None:
+    samples = make_samples()
+    metric = metrics.get("sensitivity_n", sizes=2, runs=5)
+    first = metric(samples).values
+    other = replace(samples, **change(samples))
+    expected = metric(replace(other, shared={})).values
+    assert not np.allclose(expected, first)
+    np.testing.assert_array_equal(metric(other).values, expected)
+    part = replace(samples.take(np.array([3, 1])), inputs=samples.inputs[[0, 4]])
+    np.testing.assert_array_equal(metric(part).values, metric(replace(part, shared={})).values)
+
+
+def test_a_request_that_fails_harms_no_other(make_samples: Make) -> None:
+    samples = make_samples()
+    expected = metrics.get("srg")(replace(samples, shared={})).values
+    engine = passes(samples)
+    engine.want(np.arange(5), Removal(np.ones((5, 2, 7), dtype=bool), "mean"))  # there are no 7 features
+    engine.want(np.arange(5), Removal(np.eye(16, dtype=bool)[None].repeat(5, 0), "token_removal"))  # and no tokens
+    with pytest.raises(RuntimeError):
+        engine.run()
+    np.testing.assert_array_equal(metrics.get("srg")(samples).values, expected)
+
+
+def test_logits_that_are_not_finite_leave_every_score_undefined(make_samples: Make) -> None:
+    class Broken(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return torch.full((len(inputs), 4), torch.nan)
+
+    samples = make_samples(model=Broken(), targets=np.zeros(5, dtype=int))
+    for name in ("srg", "road", "road_lerf", "positive_perturbation_auc", "aopc"):
+        scores = metrics.get(name)(samples)
+        assert np.isnan(scores.values).all() and all(scores.reasons), name
+
+
+def test_token_removal_wants_the_patches_of_the_model(make_samples: Make) -> None:
+    samples = make_samples(3, model=small_vit(), patch=(8, 8))
+    with pytest.raises(RequestError, match="16 patch tokens, the metric 4 patches"):
+        metrics.get("srg", imputer="token_removal")(samples)

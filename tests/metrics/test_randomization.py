@@ -450,3 +450,20 @@ def test_parameters_are_stated(make_samples: Make) -> None:
         with pytest.raises(RequestError, match="parameter"):
             metrics.get(wrong)
     assert isinstance(metrics.get("smooth_mprt"), Mprt) and isinstance(metrics.get("mprt"), Metric)
+
+
+def test_complexity_of_a_nearly_constant_map_is_a_number(make_samples: Make) -> None:
+    maps = make_samples().maps.copy()
+    maps[1] = 1 + np.finfo(float).eps * (np.arange(256).reshape(16, 16) % 2)
+    scores = metrics.get("efficient_mprt")(make_samples(maps=maps))
+    assert np.isfinite(scores.values).all()
+
+
+def test_a_normalising_classifier_is_randomised() -> None:
+    class NormedLinear(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), NormedLinear(4, 3))
+    before = model[1].weight.detach().clone()
+    redraw(model, find_stages(model)[-1], 0)
+    assert model[1].weight.unique().numel() == 12 and not torch.equal(model[1].weight, before)
