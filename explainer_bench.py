@@ -283,4 +283,5 @@ class Registry(Generic[T]):
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise RequestError(f"{self.kind} {name!r}, parameter {where!r}: {first['msg']}.") from error
+            said = first["msg"].removeprefix("Value error, ").rstrip(".")
+            raise RequestError(f"{self.kind} {name!r}, parameter {where!r}: {said}.") from error

@@ -107,8 +107,8 @@ def run(
         suite,
         datasets=dataset,
         models=model,
-        explainers=explainers and split_specs(explainers),
-        metrics=metrics and split_specs(metrics),
+        explainers=None if explainers is None else split_specs(explainers),
+        metrics=None if metrics is None else split_specs(metrics),
         samples=samples,
         seed=seed,
     )
@@ -221,6 +221,8 @@ def _print_boards(report: Any) -> None:
         for row in wide[wide["status"] == "unsupported"].itertuples():
             line = f"unsupported: {row.explainer} on {row.model}: {row.info}"
             err.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in report.undefined:
+        out.print(f"undefined: {line}", markup=False, highlight=False, soft_wrap=True)
     if report.missing:
         out.print(f"{report.missing} cells of the plan are not computed yet.")
 
@@ -228,7 +230,7 @@ def _print_boards(report: Any) -> None:
 def _print_table(table: Any, title: str) -> None:
     shown = Table(title=title, title_justify="left")
     for column in table.columns:
-        shown.add_column(str(column), overflow="fold")
+        shown.add_column(str(column), overflow="fold", no_wrap=column == "explainer")
     for row in table.itertuples(index=False):
         shown.add_row(*(Text("" if value is None or value != value else str(value)) for value in row))
     out.print(shown)
@@ -318,12 +320,13 @@ def list_(kind: Kind, as_json: Annotated[bool, typer.Option("--json", help="Prin
     columns = _BRIEF.get(kind) or {name: name for name in (rows[0] if rows else ["name"])}
     table = Table(*columns.values())
     for row in rows:
-        table.add_row(*(Text(_words(row[name])) for name in columns))
+        table.add_row(*(Text(_words(row[name]), no_wrap=name == "name") for name in columns))
     out.print(table)
 
 
-# Explainers are many, and have more facts than fit the width of a screen; `--json` and the documentation have all.
+# They are many, and have more facts than fit the width of a screen; `--json` and the documentation have all.
 _BRIEF = {
+    Kind.metrics: {"name": "name", "group": "group", "higher_is_better": "higher is better", "what": "what"},
     Kind.explainers: {
         "name": "name",
         "family": "family",
@@ -332,7 +335,7 @@ _BRIEF = {
         "cost": "cost (FE)",
         "reference": "paper",
         "licence": "licence note",
-    }
+    },
 }
 
 

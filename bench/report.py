@@ -29,6 +29,7 @@ from bench.store import Store
 from explainer_bench import RequestError
 
 N_PICTURES = 6
+_NAMES = ["dataset", "model", "explainer", "metric"]
 
 
 def write_plan(run: Run) -> None:
@@ -145,12 +146,13 @@ def write_pictures(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """Boards, the cells of the plan they stand on, and one line for everything that failed."""
+    """Boards, the cells of the plan they stand on, and a line for all that failed, or is undefined for every map."""
 
     boards: leaderboards.Boards
     done: int
     missing: int
     failures: list[str]
+    undefined: list[str]
 
 
 def read(folder: Path) -> Report:
@@ -166,13 +168,19 @@ def read(folder: Path) -> Report:
     cells["error"] = [_error(store, cell) for cell in plan["cells"]]
     cells["done"] = [store.exists(cell, "parquet") for cell in cells["scores"]]
     scores = _scores(store, plan)
+    cells["defined"] = _defined(cells, scores)
     failed = cells[cells["error"] != ""]
     by_metric = cells.groupby(["dataset", "model", "metric"])
-    broken = by_metric["done"].transform("sum").eq(0) & by_metric["error"].transform("min").ne("")
+    # a metric that fails wherever it has something to score
+    broken = ~by_metric["defined"].transform("any") & by_metric["error"].transform("max").ne("")
+    scores = scores.merge(cells.loc[~broken, _NAMES].drop_duplicates(), on=_NAMES)
+    if scores.empty:
+        raise RequestError(f"every metric failed in {folder}: see {folder / 'failures'}.")
     explainers = [_explainer_row(store, row, cells, broken) for row in plan["explainers"]]
     boards = leaderboards.build(scores, pd.DataFrame(plan["metrics"]), pd.DataFrame(explainers), _run(plan["run"]))
     done = int(cells["done"].sum())
-    return Report(boards, done, len(cells) - done - len(failed), _failure_lines(failed, broken))
+    missing = len(cells) - done - len(failed)
+    return Report(boards, done, missing, _failure_lines(failed, broken), undefined_lines(scores))
 
 
 def scores(folder: Path) -> pd.DataFrame:
@@ -211,7 +219,26 @@ def _failure_lines(failed: pd.DataFrame, broken: pd.Series) -> list[str]:
 
 
 def _names(cell: Mapping[Any, Any]) -> dict[str, Any]:
-    return {name: cell[name] for name in ("dataset", "model", "explainer", "metric")}
+    return {name: cell[name] for name in _NAMES}
+
+
+def _defined(cells: pd.DataFrame, scores: pd.DataFrame) -> np.ndarray:
+    """Tell of each cell whether its explainer has a score of that metric anywhere."""
+    known = set(scores.loc[np.isfinite(scores["value"]), _NAMES].itertuples(index=False, name=None))
+    return np.array([names in known for names in cells[_NAMES].itertuples(index=False, name=None)])
+
+
+def undefined_lines(scores: pd.DataFrame) -> list[str]:
+    """Return a line for each metric that has no score of some images, whichever map is scored: how many, and why."""
+    lines = []
+    for (dataset, model, metric), rows in scores.groupby(["dataset", "model", "metric"], sort=True):
+        nowhere = rows.groupby("sample")["value"].transform(lambda values: not np.isfinite(values).any())
+        if nowhere.any():
+            reason = rows.loc[nowhere & ~rows["reason"].isin(["constant map"]), "reason"].mode()
+            images, total = rows.loc[nowhere, "sample"].nunique(), rows["sample"].nunique()
+            why = reason.iloc[0] if len(reason) else "constant map"
+            lines.append(f"{metric} on {dataset}, {model}: undefined on {images} of {total} images: {why}")
+    return lines
 
 
 def _error(store: Store, cell: Mapping[str, Any]) -> str:

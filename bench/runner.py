@@ -142,6 +142,8 @@ class Run:
                     f"metric {metric.name!r} states the group {metric.group!r}: use one of "
                     f"{', '.join(leaderboards.board.GROUPS)}."
                 )
+            if odd := metric.misstated():
+                raise RequestError(f"metric {metric.name!r}: {odd}.")
         for explainer in self.explainers:
             if "concept" in explainer.needs and not explainer.files():
                 raise RequestError(f"{explainer.name} needs images of its concept: {explainer.name}[folder=DIR].")

@@ -30,7 +30,8 @@ One card per metric, written by `python docs/cards.py` from the sources. Every s
 metric is undefined it is NaN with a reason, never a number. *Chance* is the expected score of a random map.
 [Which metrics to trust](which-metrics.md) says what they are worth, measured; [Deviations from
 Quantus](quantus-deviations.md) shows where Quantus 0.6.0 computes something else and why we do not. Any other metric of
-Quantus runs by its own name, such as `quantus:Infidelity`, one image at a time.
+Quantus runs by its own name, such as `quantus:MaxSensitivity[nr_samples=5]`, one image at a time; at its own defaults
+some take tens of thousands of passes per image.
 
 What takes the place of removed pixels (*imputer*) is part of a metric's name where it is not the default: `mean` (the
 image's mean colour), `zero` (zero after normalisation), `black` (the image's lowest value, which is what Quantus calls

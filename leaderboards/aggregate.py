@@ -9,6 +9,8 @@ import pandas as pd
 
 from leaderboards import statistics
 
+CORE_GROUPS = ("faithfulness", "localization", "compactness", "class_sensitivity")
+
 
 @dataclass(frozen=True)
 class _Cube:
@@ -117,8 +119,11 @@ def _overall(
     if not used.any():
         return pd.DataFrame(index=explainers)
     codes, names = pd.factorize(groups.to_numpy()[used])
-    by_group, mean_rank = statistics.mean_ranks(ranks[:, used], codes)
-    _, resampled = statistics.mean_ranks(resampled_ranks[..., used], codes)
+    by_group, _ = statistics.mean_ranks(ranks[:, used], codes)
+    voting = used & _voting(groups, used)
+    codes = pd.factorize(groups.to_numpy()[voting])[0]
+    _, mean_rank = statistics.mean_ranks(ranks[:, voting], codes)
+    _, resampled = statistics.mean_ranks(resampled_ranks[..., voting], codes)
     mean_rank, resampled = np.where(complete, mean_rank, np.nan), np.where(complete, resampled, np.nan)
     table = {"mean_rank": mean_rank, "rank": statistics.min_rank(mean_rank)}
     table["rank_low"], table["rank_high"] = statistics.rank_interval(table["rank"], statistics.min_rank(resampled))
@@ -127,10 +132,21 @@ def _overall(
     return pd.DataFrame(table, index=explainers)
 
 
+def _voting(groups: pd.Series, used: np.ndarray) -> np.ndarray:
+    """Tell which metrics (M,) decide the overall rank: those of the core groups, or all where there is none of them.
+
+    Robustness and the like are conditions, not merits: a map that looks at nothing fulfils them best.
+    """
+    core = groups.isin(CORE_GROUPS).to_numpy()
+    return core if (core & used).any() else np.ones(len(core), dtype=bool)
+
+
 def _beaten(cube: _Cube, sign: np.ndarray, groups: pd.Series, rows: pd.DataFrame) -> list[str]:
     """Return for every explainer the trivial rows it beats, joined by semicolons; none for an incomplete one."""
-    codes, complete = pd.factorize(groups)[0], (rows["status"] == "ok").to_numpy()
-    wins = statistics.beats(cube.values * sign, codes, cube.clusters, complete, rows["trivial"].to_numpy(bool))
+    complete = (rows["status"] == "ok").to_numpy()
+    voting = _voting(groups, np.isfinite(cube.values).any(axis=(0, 1)))
+    codes, costs = pd.factorize(groups[voting])[0], (cube.values * sign)[..., voting]
+    wins = statistics.beats(costs, codes, cube.clusters, complete, rows["trivial"].to_numpy(bool))
     mean_rank = rows["mean_rank"].to_numpy() if "mean_rank" in rows else np.full(len(rows), np.nan)
     wins &= mean_rank[:, None] < mean_rank  # never against the board's own order
     return [";".join(rows.index[row]) for row in wins]

@@ -12,9 +12,8 @@ import pandas as pd
 
 from explainer_bench import RequestError, write_atomically
 from leaderboards import statistics
-from leaderboards.aggregate import build_model
+from leaderboards.aggregate import CORE_GROUPS, build_model
 
-CORE_GROUPS = ("faithfulness", "localization", "compactness", "class_sensitivity")
 GROUPS = (*CORE_GROUPS, "robustness", "randomization", "axiomatic")
 STATUSES = ("ok", "incomplete", "failed", "unsupported")
 RUN_COLUMNS = ("seed", "device", "precision", "quantus", "torch", "explainer_bench", "git", "utc")
@@ -204,8 +203,8 @@ def summary(wide: pd.DataFrame, trivial: frozenset[str]) -> pd.DataFrame:
     if wide["model"].nunique() > 1:
         text["model"] = wide["model"]
     text["explainer"] = wide["explainer"]
-    for name in [column for column in wide.columns.astype(str) if column.endswith("_rank")]:
-        text[name.removesuffix("_rank")] = [_number(value, 1) for value in wide[name]]
+    for name in [column for column in wide.columns.astype(str) if column.endswith("_rank") and wide[column].any()]:
+        text[name.removesuffix("_rank").replace("_", " ")] = [_number(value, 1) for value in wide[name]]
     beaten = wide["beats_baselines"].str.split(";")
     unbeaten = [sorted(trivial - set(names)) for names in beaten]
     rows = zip(wide["explainer"], wide["rank"], unbeaten, strict=True)
@@ -214,8 +213,7 @@ def summary(wide: pd.DataFrame, trivial: frozenset[str]) -> pd.DataFrame:
         for name, rank, names in rows
     ]
     text["s/image"] = [_number(value, 4) for value in wide["seconds_per_image"]]
-    text["status"] = wide["status"]
-    return text
+    return text if (wide["status"] == "ok").all() else text.assign(status=wide["status"])
 
 
 def _number(value: Any, digits: int) -> str:

@@ -10,18 +10,13 @@ from torch import Tensor, nn
 
 from metrics.base import Metric, Samples
 from metrics.imputers import STATIC
-from metrics.perturbation import Output
+from metrics.perturbation import Output, target_output
 from metrics.quantus_bridge import with_gradients
 from metrics.randomization import duplicate
 from metrics.reexplaining import ReexplainingMetric, logits_of
 
 Baseline = Literal["zero", "black", "mean", "black_pixel", "blur"]
-
-
-def read_target(logits: np.ndarray, targets: np.ndarray, output: Output) -> np.ndarray:
-    """Return (N,) float64: the target's logit or probability."""
-    chosen = logits[np.arange(len(targets)), targets]
-    return chosen if output == "logit" else np.exp(chosen - np.logaddexp.reduce(logits, axis=1))
+ROUNDING = 1e-5  # of maps in float32
 
 
 class CompletenessError(Metric):
@@ -59,7 +54,7 @@ class CompletenessError(Metric):
     def score(self, samples: Samples) -> np.ndarray:
         """Return (N,) float64, at least 0."""
         at_baseline = samples.once(("logits of baseline", self.baseline), self._at_baseline)
-        outputs = [read_target(logits, samples.targets, self.output) for logits in (samples.logits, at_baseline)]
+        outputs = [target_output(logits, samples.targets, self.output) for logits in (samples.logits, at_baseline)]
         due = outputs[0] - outputs[1]
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.abs(native_sums(samples) - due) / np.abs(due)
@@ -84,8 +79,9 @@ class InputInvariance(ReexplainingMetric):
     """Relative change of the map when all images are shifted by a constant and the model makes up for it.
 
     The constant is added to every value of the image, and what it contributes is subtracted from the bias of the
-    first layer, so that no output changes, and no reason for it. Costs one explanation per image. Undefined where
-    the first layer pads with zeros, which do not shift with the image, or the model reads its input in another way.
+    first layer, so that no output changes, and no reason for it. A change below 1e-5 is rounding and counts as 0.
+    Costs one explanation per image. Undefined where the first layer pads with zeros, which do not shift with the
+    image, or the model reads its input in another way.
 
     Parameters
     ----------
@@ -118,7 +114,8 @@ class InputInvariance(ReexplainingMetric):
         moved, size = (np.linalg.norm(each, axis=(1, 2)) for each in (maps - samples.maps, samples.maps))
         pairs = (model, images), (samples.model, samples.inputs)
         before, after = (logits_of(with_gradients(*pair), pair[1]) for pair in pairs)
-        return np.where(np.isclose(before, after, rtol=1e-3, atol=1e-3).all(axis=1), moved / size, np.nan)
+        change = np.where(moved > ROUNDING * size, moved / size, 0)
+        return np.where(np.isclose(before, after, rtol=1e-3, atol=1e-3).all(axis=1), change, np.nan)
 
 
 def _why_not(samples: Samples) -> str:

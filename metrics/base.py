@@ -22,6 +22,7 @@ GROUPS = (
     "randomization",
     "axiomatic",
 )
+SIGN_POLICIES = ("signed", "positive", "absolute")
 
 
 class Reexplain(Protocol):
@@ -37,7 +38,7 @@ class Reexplain(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """What a metric may look at: N explained images of one model.
+    """What a metric may look at: N explained images of one model. `maps`, `roi` and `logits` cannot be written to.
 
     Parameters
     ----------
@@ -99,6 +100,12 @@ class Samples:
     whole: Samples | None = field(default=None, init=False, repr=False)
     rows: np.ndarray | None = field(default=None, init=False)
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("maps", "roi", "logits"):  # a metric that changes them would change what the next one sees
+            view = np.asarray(getattr(self, name)).view()
+            view.flags.writeable = False
+            object.__setattr__(self, name, view)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -198,7 +205,16 @@ class Metric(Component):
         samples : Samples
             Only samples for which the metric is defined.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"metric {self.name!r} defines no `score`")
+
+    def misstated(self) -> str:
+        """Return what is wrong with the constants that the class states, or ""."""
+        low, high = self.bounds
+        if not isinstance(self.higher_is_better, bool):
+            return f"higher_is_better is {self.higher_is_better!r}: state True or False"
+        if self.sign_policy not in SIGN_POLICIES:
+            return f"sign_policy is {self.sign_policy!r}: use one of {', '.join(SIGN_POLICIES)}"
+        return "" if low < high else f"bounds are {self.bounds}: state the lower one first"
 
     def other_classes(self, logits: np.ndarray, targets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Return (N, M) int: the classes besides the target whose maps `score` asks of ``samples.explain``."""

@@ -47,7 +47,6 @@ class ClassCorrelation(OtherClassMetric):
     """
 
     name = "class_correlation"
-    chance = 0.0
     formula = "corr(map of the target, map of another class) over pixels"
     rewards = "The map changes with the class that it is asked to explain."
     fooled_by = "Noise that is drawn anew for each class scores 0, as do two maps of unrelated places."

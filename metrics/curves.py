@@ -6,28 +6,16 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from scipy.integrate import trapezoid
-from scipy.special import log_softmax
 from skimage.segmentation import slic
 
-from explainer_bench import RequestError
 from metrics.base import Samples
-from metrics.imputers import Imputer
-from metrics.perturbation import Output, Outputs, PatchMetric, PerturbationMetric, patch_ranks, ranks
+from metrics.imputers import Imputer, PixelImputer
+from metrics.perturbation import Output, Outputs, PatchMetric, PerturbationMetric, patch_ranks, ranks, target_output
 
 Order = Literal["most", "least"]
 Steps = Annotated[int, Field(ge=2)]
-
-
-def of_pixels(imputer: str) -> str:
-    """Return `imputer` if it can fill in any set of pixels, else raise a RequestError."""
-    if imputer == "token_removal":
-        raise RequestError("the imputer token_removal removes patches, not pixels or segments: choose another.")
-    return imputer
-
-
-PixelImputer = Annotated[Imputer, AfterValidator(of_pixels)]
 
 
 class RemovalMetric(PerturbationMetric):
@@ -55,7 +43,7 @@ class RemovalMetric(PerturbationMetric):
 
     def curves(self, samples: Samples, seen: Outputs) -> list[np.ndarray]:
         """Return for each order (N, S + 1): the output on the whole image and after each step."""
-        start = intact(samples, self.output)[:, None]
+        start = target_output(samples.logits, samples.targets, self.output)[:, None]
         after = np.split(seen.target(self.output), len(self.orders), axis=1)
         return [np.concatenate([start, curve], axis=1) for curve in after]
 
@@ -69,12 +57,6 @@ def in_orders(ranks: np.ndarray, counts: np.ndarray, orders: Sequence[Order]) ->
 def first(samples: Samples, counts: np.ndarray, relevant: Order) -> np.ndarray:
     """Return (N, S, P) bool: the `counts` (S,) "most" or "least" relevant patches."""
     return in_orders(patch_ranks(samples), counts, [relevant])
-
-
-def intact(samples: Samples, output: Output) -> np.ndarray:
-    """Return (N,) float64: the target's logit or probability on the whole image."""
-    values = samples.logits if output == "logit" else np.exp(log_softmax(samples.logits, axis=1))
-    return values[np.arange(len(samples)), samples.targets]
 
 
 def removal_counts(features: int, steps: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from pydantic import Field
 from scipy.stats import rankdata
 
 from metrics.base import Samples, pearson
-from metrics.imputers import Imputer
+from metrics.imputers import Imputer, PixelImputer
 from metrics.perturbation import (
     Output,
     Outputs,
@@ -208,7 +208,7 @@ class FaithfulnessCorrelationPixels(PixelRemoval, FaithfulnessCorrelation):
     )
 
     subset: Annotated[float, Field(gt=0)] = 224
-    imputer: Imputer = "black"
+    imputer: PixelImputer = "black"
 
     def removed(self, samples: Samples) -> np.ndarray:
         """Return (N, runs, H W) bool: random subsets, too large to keep."""
@@ -292,7 +292,7 @@ class BoxSensitivity(PixelRemoval):
     rewards = "Regions, wherever they lie, are as relevant as the output falls without them."
     fooled_by = "A blob where the object lies: overlapping boxes blur the map, so that only its coarse shape counts."
 
-    imputer: Imputer = "blur"
+    imputer: PixelImputer = "blur"
     largest: Share = 0.5
     sides: Positive = 3
     boxes: Several = 100

@@ -65,7 +65,15 @@ def known(name: str) -> str:
     return name
 
 
+def of_pixels(name: str) -> str:
+    """Return `name` if it is that of an imputer of any set of pixels, else raise a RequestError."""
+    if known(name) == "token_removal":
+        raise RequestError("the imputer token_removal removes patches, not pixels or segments: choose another.")
+    return name
+
+
 Imputer = Annotated[str, AfterValidator(known)]
+PixelImputer = Annotated[str, AfterValidator(of_pixels)]
 
 
 def road_noise(samples: Samples) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from explainer_bench import RequestError, out_of_memory
@@ -56,9 +57,11 @@ class Outputs:
         """Return (N, S): the target's logit or probability."""
         return self.logit if output == "logit" else np.exp(self.logit - self.log_partition)
 
-    def steps(self, part: slice) -> Outputs:
-        """Return the outputs at some of the S versions."""
-        return Outputs(*(values[:, part] for values in vars(self).values()))
+
+def target_output(logits: np.ndarray, targets: np.ndarray, output: Output) -> np.ndarray:
+    """Return (N,) float64: the target's logit or probability, from the logits (N, K)."""
+    values = logits if output == "logit" else np.exp(log_softmax(logits, axis=1))
+    return values[np.arange(len(targets)), targets]
 
 
 def rivals(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -80,6 +80,11 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and value.grad_fn is not None else value
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model without its `GradientModel`."""
+    return model.module if isinstance(model, GradientModel) else model
+
+
 def with_gradients(model: nn.Module, inputs: Tensor) -> nn.Module:
     """Return `model`, wrapped in `GradientModel` only if it cannot run without gradients.
 
@@ -257,7 +262,8 @@ class NamedMetric(Metric):
                 scores[row] = mean_of(result, self.name)
         if len(failures) == len(samples):
             said = " ".join(f"{type(failures[0]).__name__}: {failures[0]}".split())
-            raise RequestError(f"{self.name}: Quantus cannot score this ({said}).") from failures[0]
+            grey = " It takes images of one channel only." if self.quantus_class.__name__ in ("ROAD", "IROF") else ""
+            raise RequestError(f"{self.name}: Quantus cannot score this ({said}).{grey}") from failures[0]
         return scores
 
     def _result(self, samples: Samples, row: int, model: nn.Module) -> Any:
@@ -279,6 +285,10 @@ class NamedMetric(Metric):
 
 
 _OURS = ("return_aggregate", "aggregate_func", "default_plot_func", "disable_warnings", "display_progressbar")
+_NOT_BY_IMAGE = {
+    "SensitivityN": "correlates across images, here each is scored alone: use sensitivity_n",
+    "Focus": "needs mosaics: use focus",
+}
 _GROUPS = {"Localisation": "localization", "Complexity": "compactness", "Randomisation": "randomization"}
 
 
@@ -301,6 +311,8 @@ def named(name: str) -> type[NamedMetric]:
     if name not in classes:
         hint = did_you_mean(name, list(classes))
         raise RequestError(f"Quantus {quantus.__version__} has no metric {name!r}.{hint}")
+    if name in _NOT_BY_IMAGE:
+        raise RequestError(f"quantus:{name} {_NOT_BY_IMAGE[name]}.")
     cls = classes[name]
     signature = inspect.signature(cls).parameters.values()
     defaults = {p.name: p.default for p in signature if p.kind is not p.VAR_KEYWORD and p.name not in _OURS}
@@ -347,8 +359,7 @@ def explain_func(samples: Samples, row: int) -> Callable[..., np.ndarray]:
         if samples.reexplain is None:
             raise RequestError("this metric explains again, and these samples have no explainer (`Samples.reexplain`).")
         images = torch.as_tensor(np.asarray(inputs)).to(samples.inputs)
-        module = model.module if isinstance(model, GradientModel) else model
-        return samples.reexplain(module, images, np.asarray(targets), np.full(len(images), row))[:, None]
+        return samples.reexplain(bare(model), images, np.asarray(targets), np.full(len(images), row))[:, None]
 
     return explain
 

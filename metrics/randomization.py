@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from metrics.base import Samples, pearson
 from metrics.class_sensitivity import map_ssim
 from metrics.maps import minmax_scaled
-from metrics.quantus_bridge import GradientModel
+from metrics.quantus_bridge import GradientModel, bare
 from metrics.reexplaining import ReexplainingMetric, noisy
 
 Order = Literal["cascading_top_down", "cascading_bottom_up", "independent"]
@@ -167,7 +167,7 @@ def duplicate(model: nn.Module) -> nn.Module:
     """Return a copy of the model, also of one that keeps tensors with a graph, as hooked attention does."""
     with torch.inference_mode(False):
         copied = copy.deepcopy(GradientModel(model)).module
-    return copied.module if isinstance(copied, GradientModel) else copied
+    return bare(copied)
 
 
 def randomised(model: nn.Module, order: Order, seed: int, stages: int | None = None) -> Iterator[tuple[str, nn.Module]]:

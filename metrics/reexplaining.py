@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from explainer_bench import RequestError
 from metrics.base import Metric, Samples
 from metrics.perturbation import in_batches
-from metrics.quantus_bridge import GradientModel
+from metrics.quantus_bridge import bare
 
 Noise = Literal["uniform", "gaussian"]
 
@@ -35,8 +35,7 @@ class ReexplainingMetric(Metric):
         """
         if samples.reexplain is None:
             raise RequestError(f"metric {self.name!r} explains again: give Samples a `reexplain`.")
-        model = model.module if isinstance(model, GradientModel) else model
-        return samples.reexplain(model, images, samples.targets[rows], rows).astype(float)
+        return samples.reexplain(bare(model), images, samples.targets[rows], rows).astype(float)
 
 
 def noisy(samples: Samples, row: int, noise: Noise, size: float, draws: int) -> Tensor:

@@ -111,7 +111,6 @@ def test_outputs_are_read_off_the_logits(make_samples: Make) -> None:
     np.testing.assert_array_equal(seen.predicted[:, 0], logits.argmax(1))
     probability = torch.from_numpy(logits).softmax(1).numpy()[np.arange(5), targets]
     np.testing.assert_allclose(seen.target("probability")[:, 0], probability, atol=1e-6)
-    assert seen.steps(slice(0, 1)).logit.shape == (5, 1)
 
 
 def test_the_only_class_has_no_rival(make_samples: Make) -> None:
