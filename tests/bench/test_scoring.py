@@ -8,6 +8,7 @@ import pytest
 
 from bench import api, runner
 from bench import suite as suites
+from explainer_bench import RequestError
 from metrics.perturbation import prefetch
 
 METRICS = '''
@@ -123,3 +124,59 @@ def test_an_explainer_made_of_what_the_metric_asks_is_marked(tmp_path: Path) -> 
     info = result.report.boards.wide["digits"].set_index("explainer")["info"]
     assert "circular: made of what faithfulness_estimate asks the model" in info["occlusion"]
     assert "circular" not in info["rollout"]
+
+
+def test_a_metric_that_fails_is_named_also_where_a_map_is_constant(tmp_path: Path, file: Path) -> None:
+    result, board = run(tmp_path / "out", [f"{file}:Broken", "srg"], ["rollout", "random", "constant"])
+    assert len(result.failures) == 1 and result.failures[0].startswith("metric broken on digits")
+    assert set(board.index.get_level_values("metric")) == {"broken", "srg"}
+    assert result.report
+    wide = result.report.boards.wide["digits"].set_index("explainer")
+    assert (wide["status"] == "ok").all() and wide["rank"].notna().all()
+    assert wide["broken"].isna().all() and wide["mean_rank"].idxmax() == "constant"
+
+
+def test_a_metric_cannot_change_what_the_next_one_sees(tmp_path: Path) -> None:
+    path = tmp_path / "clip.py"
+    path.write_text(
+        METRICS
+        + '''
+class Clip(Metric):
+    """Writes to the maps."""
+    name = "clip"
+    group = "compactness"
+    def score(self, samples):
+        maps = samples.maps
+        maps[maps < 0] = 0
+        return maps.sum((1, 2))
+'''
+    )
+    _, alone = run(tmp_path / "alone", ["srg"], ["integrated_gradients[n_steps=2]"])
+    result, beside = run(tmp_path / "beside", [f"{path}:Clip", "srg"], ["integrated_gradients[n_steps=2]"])
+    assert len(result.failures) == 1 and "read-only" in result.failures[0]
+    found, expected = (board.xs("srg", level="metric")["mean"].to_numpy() for board in (beside, alone))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_what_no_map_can_be_scored_on_is_said(tmp_path: Path) -> None:
+    result, _ = run(tmp_path / "out", ["pointing_game[roi_size=large]", "srg"], ["rollout", "constant"])
+    assert result.report
+    (line,) = result.report.undefined
+    assert line.startswith("pointing_game[roi_size=large] on digits, digits_vit: undefined on 3 of 3 images: ")
+    assert line.endswith("ROI is not large")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ('higher_is_better = "yes"', "state True or False"),
+        ('sign_policy = "abs"', "use one of signed, positive, absolute"),
+        ("bounds = (1.0, 0.0)", "state the lower one first"),
+    ],
+)
+def test_misstated_constants_are_one_clear_line(tmp_path: Path, wrong: str, words: str) -> None:
+    path = tmp_path / "wrong.py"
+    head = 'from metrics import Metric\nclass M(Metric):\n    """Wrong."""\n    name = "m"\n    group = "compactness"\n'
+    path.write_text(f"{head}    {wrong}\n")
+    with pytest.raises(RequestError, match=words):
+        run(tmp_path / "out", [str(path)], ["rollout"])

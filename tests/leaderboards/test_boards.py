@@ -250,3 +250,15 @@ def test_bad_tables_get_one_clear_line(tables, change, message):
     with pytest.raises(RequestError, match=message) as error:
         build(tables, **change(tables))
     assert "\n" not in str(error.value)
+
+
+def test_only_the_core_groups_decide_the_overall_rank_and_what_is_beaten(tables):
+    without = tables.metrics["metric"] != "sparseness"
+    scores = tables.scores[tables.scores["metric"] != "sparseness"]
+    expected = by_explainer(build(tables, metrics=tables.metrics[without], scores=scores))
+    metrics = tables.metrics.replace({"group": {"compactness": "robustness"}})
+    found = by_explainer(build(tables, metrics=metrics))
+    columns = ["rank", "mean_rank", "tie_group", "beats_baselines"]
+    pd.testing.assert_frame_equal(found[columns], expected.loc[found.index, columns])
+    alone = tables.metrics.assign(group="robustness")
+    assert by_explainer(build(tables, metrics=alone))["rank"].notna().all()
