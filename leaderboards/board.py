@@ -17,6 +17,16 @@ from leaderboards.aggregate import CORE_GROUPS, build_model
 GROUPS = (*CORE_GROUPS, "robustness", "randomization", "axiomatic")
 STATUSES = ("ok", "incomplete", "failed", "unsupported")
 RUN_COLUMNS = ("seed", "device", "precision", "quantus", "torch", "explainer_bench", "git", "utc")
+_SHORT = {  # for a terminal; `mean_rank` is no group's
+    "mean": "mean",
+    "faithfulness": "faithful",
+    "localization": "localiz.",
+    "compactness": "compact",
+    "class_sensitivity": "class s.",
+    "robustness": "robust",
+    "randomization": "randomiz.",
+    "axiomatic": "axioms",
+}
 _LONG = (
     "dataset, dataset_fingerprint, model, model_fingerprint, explainer, explainer_version, params, metric, "
     "metric_version, group, higher_is_better, n, n_failed, mean, std, ci_low, ci_high, chance, rank, rank_low, "
@@ -204,16 +214,20 @@ def summary(wide: pd.DataFrame, trivial: frozenset[str]) -> pd.DataFrame:
         text["model"] = wide["model"]
     text["explainer"] = wide["explainer"]
     for name in [column for column in wide.columns.astype(str) if column.endswith("_rank") and wide[column].any()]:
-        text[name.removesuffix("_rank").replace("_", " ")] = [_number(value, 1) for value in wide[name]]
+        text[_SHORT.get(name.removesuffix("_rank"), name)] = [_number(value, 1) for value in wide[name]]
     beaten = wide["beats_baselines"].str.split(";")
     unbeaten = [sorted(trivial - set(names)) for names in beaten]
     rows = zip(wide["explainer"], wide["rank"], unbeaten, strict=True)
     text["does not beat"] = [
-        "(trivial)" if name in trivial else "" if pd.isna(rank) else ", ".join(names) or "none: it beats all"
+        "(trivial)" if name in trivial else "" if pd.isna(rank) else _unbeaten(names, len(trivial))
         for name, rank, names in rows
     ]
     text["s/image"] = [_number(value, 4) for value in wide["seconds_per_image"]]
     return text if (wide["status"] == "ok").all() else text.assign(status=wide["status"])
+
+
+def _unbeaten(names: list[str], trivial: int) -> str:
+    return "any" if len(names) == trivial > 1 else ", ".join(names) or "none: it beats all"
 
 
 def _number(value: Any, digits: int) -> str:

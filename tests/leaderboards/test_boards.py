@@ -230,8 +230,12 @@ def test_summary_fits_a_terminal(tables):
     text = leaderboards.summary(boards.wide["toy"], boards.trivial).set_index("explainer")
     assert text["rank"].iloc[0].startswith("1 [1-") and text["rank"].iloc[-1].startswith("6 [")
     assert text.loc["good", "does not beat"] == "none: it beats all" and "model" not in text
-    assert text.loc["plain", "does not beat"] == "constant, random"
+    assert text.loc["plain", "does not beat"] == "any"
     assert text.loc["random", "does not beat"] == "(trivial)"
+    assert list(text)[2:7] == ["mean", "faithful", "localiz.", "compact", "class s."]
+    metrics = tables.metrics.replace({"group": {"compactness": "robustness"}})
+    other = build(tables, metrics=metrics)
+    assert list(leaderboards.summary(other.wide["toy"], other.trivial))[4:7] == ["faithful", "localiz.", "class s."]
 
 
 @pytest.mark.parametrize(
