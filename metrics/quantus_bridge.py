@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -163,56 +163,6 @@ def evaluate(
             **call,
         )
     return result[0] if isinstance(result, (list, np.ndarray)) and len(result) == 1 else result
-
-
-class QuantusMetric(Metric):
-    """Base of the metrics that are Quantus's own.
-
-    Parameters
-    ----------
-    engine : {"fast", "quantus"}
-        "quantus": the full `__call__`, whose check of the attributions costs far more than most metrics, and which
-        refuses maps that are negative throughout. "fast": the same numbers without that check.
-    """
-
-    quantus_name: ClassVar[str] = ""
-
-    engine: Literal["fast", "quantus"] = "fast"
-
-    def build(self, samples: Samples, row: int) -> Any:
-        """Return a new Quantus metric for the sample at `row`, so that none sees what another left behind."""
-        import quantus  # takes seconds: only when it is needed
-
-        return getattr(quantus, self.quantus_name)(disable_warnings=True, **self.quantus_params(samples, row))
-
-    def quantus_params(self, samples: Samples, row: int) -> dict[str, Any]:
-        """Return the parameters of the Quantus metric that differ from its defaults."""
-        return {}
-
-    def fast(self, samples: Samples, row: int) -> float:
-        """Return Quantus's score of one sample, from its own per-batch method, for metrics of the map and ROI alone."""
-        metric = self.build(samples, row)
-        with isolated(int(samples.seeds[row]), samples.inputs.device):
-            maps = preprocess(metric, samples.maps[row])
-            scores = metric.evaluate_batch(
-                model=None, x_batch=maps, y_batch=None, a_batch=maps, s_batch=samples.roi[row][None, None]
-            )
-        return float(scores[0])
-
-    def score(self, samples: Samples) -> np.ndarray:
-        """Return (N,) float64."""
-        rows = range(len(samples))
-        if self.engine == "fast":
-            return np.array([self.fast(samples, row) for row in rows])
-        model = with_gradients(samples.model, samples.inputs)
-        return np.array([evaluate(self.build(samples, row), samples, row, model) for row in rows], dtype=float)
-
-
-def preprocess(metric: Any, attribution: np.ndarray) -> np.ndarray:
-    """Return a copy (1, 1, H, W) of a map (H, W), normalised and rectified as the Quantus metric is set to do."""
-    maps = np.array(attribution)[None, None]
-    maps = metric.normalise_func(maps) if metric.normalise else maps
-    return np.abs(maps) if metric.abs else maps
 
 
 class NamedMetric(Metric):

@@ -12,14 +12,13 @@ from hypothesis.extra.numpy import arrays
 
 import metrics
 from metrics import Samples
-from metrics.maps import MapMetric
-from metrics.quantus_bridge import QuantusMetric
+from metrics.maps import MapMetric, QuantusMapMetric
 
 Make = Callable[..., Samples]
 NAMES = [
     name for name, cls in metrics.registry.classes.items() if issubclass(cls, MapMetric) and cls.group == "compactness"
 ]
-BY_QUANTUS = [name for name in NAMES if issubclass(metrics.registry.classes[name], QuantusMetric)]
+BY_QUANTUS = [name for name in NAMES if issubclass(metrics.registry.classes[name], QuantusMapMetric)]
 SPECS = [*NAMES, "effective_complexity[scale=minmax]", "cdam_compactness[rule=notebook]"]
 
 

@@ -22,12 +22,11 @@ import metrics
 from explainer_bench import RequestError
 from metrics import Samples
 from metrics.localization import RoiMetric, bounding_boxes, box_iou, likely_boxes, mean_box_iou
-from metrics.maps import hypergeometric
-from metrics.quantus_bridge import QuantusMetric
+from metrics.maps import QuantusMapMetric, hypergeometric
 
 Make = Callable[..., Samples]
 NAMES = [name for name, cls in metrics.registry.classes.items() if issubclass(cls, RoiMetric)]
-BY_QUANTUS = [name for name in NAMES if issubclass(metrics.registry.classes[name], QuantusMetric)]
+BY_QUANTUS = [name for name in NAMES if issubclass(metrics.registry.classes[name], QuantusMapMetric)]
 WITH_CHANCE = [name for name in NAMES if name != "iou_best_threshold"]
 MASS = ["relevance_mass_accuracy", "energy_pointing_game", "attribution_localisation"]
 SIDE, PATCH = 16, 4

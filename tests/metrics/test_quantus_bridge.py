@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import metrics
 from metrics import Samples
-from metrics.quantus_bridge import GradientModel, QuantusMetric, evaluate, with_gradients
+from metrics.maps import QuantusMapMetric
+from metrics.quantus_bridge import GradientModel, evaluate, with_gradients
 
 Make = Callable[..., Samples]
-SHARED = [name for name, cls in metrics.registry.classes.items() if issubclass(cls, QuantusMetric)]
+SHARED = [name for name, cls in metrics.registry.classes.items() if issubclass(cls, QuantusMapMetric)]
 
 
 def gradient_map(model: nn.Module, inputs: Any, targets: Any, **_: Any) -> np.ndarray:
