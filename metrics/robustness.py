@@ -156,7 +156,7 @@ class MaxSensitivity(SensitivityMetric):
     """
 
     name = "max_sensitivity"
-    formula = "max over draws of |e(x + noise) - e(x)| / |e(x)|, noise uniform in +- .2"
+    formula = "max over draws of |e(x + noise) - e(x)| / |e(x)|, noise uniform in +- radius"
     deviation = "10 draws, not 200; each sample draws from its own seed."
 
     def read(self, samples: Samples, seen: Changes) -> np.ndarray:
@@ -179,7 +179,7 @@ class AvgSensitivity(SensitivityMetric):
     """
 
     name = "avg_sensitivity"
-    formula = "mean over draws of |e(x + noise) - e(x)| / |e(x)|, noise uniform in +- .2"
+    formula = "mean over draws of |e(x + noise) - e(x)| / |e(x)|, noise uniform in +- radius"
     deviation = "10 draws, not 200; each sample draws from its own seed."
 
     def read(self, samples: Samples, seen: Changes) -> np.ndarray:
@@ -202,7 +202,7 @@ class LocalLipschitz(RobustnessMetric):
     """
 
     name = "local_lipschitz"
-    formula = "max over draws of |e(x + noise) - e(x)| / |noise|, e over its largest size, noise normal, deviation .1"
+    formula = "max over draws of |e(x + noise) - e(x)| / |noise|, e over its largest size, noise normal, deviation radius"
     rewards = "A low score: the map follows the image smoothly."
     fooled_by = "Any map that does not look at the image: one fixed for all scores 0, best."
     deviation = "10 draws, not 200; Quantus divides by the largest size in the whole batch, here every map by its own."
