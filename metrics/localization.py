@@ -261,7 +261,7 @@ class TopKIntersection(TopMetric, QuantusMapMetric):
     Parameters
     ----------
     percent : float
-        k, in percent of the pixels, in (0, 100]; the default is Quantus's 1,000 of 224 x 224, about 4 tokens.
+        k, in percent of the pixels, in (0, 100]; at 224 x 224 the default is about Quantus's 1,000, or 4 tokens.
     """
 
     name = "top_k_intersection"
@@ -272,7 +272,7 @@ class TopKIntersection(TopMetric, QuantusMapMetric):
     fooled_by = "A few tokens at the centre, where ROIs tend to be; any map, where the ROI is large."
     deviation = RelevanceRankAccuracy.deviation
 
-    percent: Percent = 100 * 1000 / 224**2
+    percent: Percent = 2.0
 
     def quantus_params(self, samples: Samples, row: int) -> dict[str, Any]:
         """Return Quantus's k."""

@@ -202,7 +202,7 @@ class LocalLipschitz(RobustnessMetric):
     """
 
     name = "local_lipschitz"
-    formula = "max over draws of |e(x + noise) - e(x)| / |noise|, e over its largest size, noise normal, deviation radius"
+    formula = "max over draws of |e(x + noise) - e(x)| / |noise|, e over its largest size; noise normal, std radius"
     rewards = "A low score: the map follows the image smoothly."
     fooled_by = "Any map that does not look at the image: one fixed for all scores 0, best."
     deviation = "10 draws, not 200; Quantus divides by the largest size in the whole batch, here every map by its own."
