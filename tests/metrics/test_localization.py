@@ -363,10 +363,27 @@ def test_swapping_a_larger_value_into_the_roi_never_hurts(
         return
     pair = np.sort(better[:, [outer, inner]], axis=1)
     better[:, outer], better[:, inner] = pair[:, 0], pair[:, 1]
-    for name in set(NAMES) - {"rect_iou_top5", "rect_iou_top10"}:  # a rectangle may grow
+    # a rectangle may grow, and average precision may fall where a hit leaves a large tie for a worse one
+    for name in set(NAMES) - {"rect_iou_top5", "rect_iou_top10", "average_precision", "segmentation_map"}:
         before, after = (metrics.get(name)(samples_of(m.reshape(2, 8, 8), roi)).values for m in (maps, better))
         known = np.isfinite(before)
         assert (after[known] >= before[known] - 1e-12).all(), name
+
+
+def test_average_precision_may_fall_for_a_better_map() -> None:
+    """As scikit-learn defines it: the reason why it is left out above."""
+    worst, roi = np.zeros((8, 8)), np.zeros((8, 8), dtype=bool)
+    worst[1, 1], roi[1, 1] = -1, True
+    better = np.zeros((8, 8))
+    better[0, 0] = -1
+    scores = metrics.get("segmentation_map")(samples_of(np.stack([worst, better]), roi)).values
+    expected = []
+    for attribution in (worst, better):
+        scaled = (attribution + 1).ravel()
+        labels = np.concatenate([~roi.ravel(), roi.ravel()])
+        expected.append(average_precision_score(labels, np.concatenate([1 - scaled, scaled])))
+    np.testing.assert_allclose(scores, expected, atol=1e-12)
+    assert scores[1] < scores[0]
 
 
 @pytest.fixture(scope="module")
