@@ -80,7 +80,7 @@ def test_every_explainer_is_scored(name: str, model: str) -> None:
         pytest.skip(f"{name} does not explain this model")
     samples = samples_of(case)
     before, weights, drawn = state(case.model), {k: v.clone() for k, v in case.model.state_dict().items()}, generators()
-    alone = replace(samples.take(np.array([1])), whole=None, rows=None, shared={}, batch_size=1)
+    alone = replace(samples.take(np.array([1])), shared={}, batch_size=1)
     found = {}
     for spec in METRICS:
         metric = metrics.get(spec)
