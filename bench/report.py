@@ -229,16 +229,18 @@ def _defined(cells: pd.DataFrame, scores: pd.DataFrame) -> np.ndarray:
 
 
 def undefined_lines(scores: pd.DataFrame) -> list[str]:
-    """Return a line for each metric that has no score of some images, whichever map is scored: how many, and why."""
-    lines = []
+    """Return a line for the metrics that have no score of some images, whichever map is scored: how many, and why."""
+    alike: dict[str, list[str]] = {}
     for (dataset, model, metric), rows in scores.groupby(["dataset", "model", "metric"], sort=True):
         nowhere = rows.groupby("sample")["value"].transform(lambda values: not np.isfinite(values).any())
         if nowhere.any():
             reason = rows.loc[nowhere & ~rows["reason"].isin(["constant map"]), "reason"].mode()
             images, total = rows.loc[nowhere, "sample"].nunique(), rows["sample"].nunique()
             why = reason.iloc[0] if len(reason) else "constant map"
-            lines.append(f"{metric} on {dataset}, {model}: undefined on {images} of {total} images: {why}")
-    return lines
+            alike.setdefault(f"on {dataset}, {model}: undefined on {images} of {total} images: {why}", []).append(
+                metric
+            )
+    return [f"{', '.join(names)} {line}" for line, names in alike.items()]
 
 
 def _error(store: Store, cell: Mapping[str, Any]) -> str:
