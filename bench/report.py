@@ -237,9 +237,8 @@ def undefined_lines(scores: pd.DataFrame) -> list[str]:
             reason = rows.loc[nowhere & ~rows["reason"].isin(["constant map"]), "reason"].mode()
             images, total = rows.loc[nowhere, "sample"].nunique(), rows["sample"].nunique()
             why = reason.iloc[0] if len(reason) else "constant map"
-            alike.setdefault(f"on {dataset}, {model}: undefined on {images} of {total} images: {why}", []).append(
-                metric
-            )
+            where = f"on {dataset}, {model}: undefined on {images} of {total} images: {why}"
+            alike.setdefault(where, []).append(str(metric))
     return [f"{', '.join(names)} {line}" for line, names in alike.items()]
 
 
