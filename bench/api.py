@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -14,6 +13,7 @@ from bench import report as reports
 from bench import suite as suites
 from bench.runner import STAGES, Progress, Run
 from explainer_bench import RequestError
+from metrics.base import Precision
 
 _BATCH_SIZES = {"cpu": 16, "cuda": 256}
 
@@ -71,7 +71,7 @@ def run(
     shard: tuple[int, int] = (1, 1),
     stages: Sequence[str] | None = None,
     fresh: bool = False,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     progress: Progress = lambda *_: None,
 ) -> Result:
     """Compute a suite, or what is missing of it, into a folder.

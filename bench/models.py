@@ -75,10 +75,10 @@ class Model:
     def patch(self) -> tuple[int, int]:
         """Height and width in pixels of a ViT's patch; without patches, the divisors nearest a 14th of the input."""
         grid = getattr(getattr(self.module, "patch_embed", None), "grid_size", None)
-        height, width = map(_fourteenth, self.input_size)
-        if grid:  # a hybrid's `patch_size` is that on its backbone's features
-            height, width = (side // n for side, n in zip(self.input_size, grid, strict=True))
-        return height, width
+        height, width = self.input_size
+        if grid:  # and not `patch_size`: a hybrid's is that on its backbone's features
+            return height // grid[0], width // grid[1]
+        return _fourteenth(height), _fourteenth(width)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from bench.store import Store, identity, key
 from bench.suite import Suite
 from explainer_bench import Component, RequestError
 from metrics import Metric, Samples, perturbation
-from metrics.base import Reexplain
+from metrics.base import Precision, Reexplain
 
 STAGES = ("predict", "explain", "score")
 # Explainers whose perturbed images go through the model in one stream. A GPU needs it to fill its batches; on the CPU
@@ -102,7 +102,7 @@ class Run:
     batch_size: int = 16
     shard: tuple[int, int] = (1, 1)
     fresh: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         self.explainers = _unique([adapters.get(spec) for spec in self.suite.explainers])

@@ -22,6 +22,7 @@ GROUPS = (
     "randomization",
     "axiomatic",
 )
+Precision = Literal["fp32", "bf16"]
 SIGN_POLICIES = ("signed", "positive", "absolute")
 
 
@@ -94,7 +95,7 @@ class Samples:
     roi_of: Callable[[np.ndarray], np.ndarray] | None = None
     mosaics: Callable[[], tuple[Tensor, np.ndarray]] | None = None
     black: Tensor | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     # `replace` starts anew with these: which samples these are `rows` of, set by `take`, and what `keep` keeps
     whole: Samples | None = field(default=None, init=False, repr=False)

@@ -11,8 +11,8 @@ from skimage.metrics import structural_similarity
 
 from explainer_bench import RequestError
 from metrics.base import Metric, Samples, pearson
-from metrics.curves import CurveMetric, in_orders
-from metrics.perturbation import Outputs, PatchMetric, rivals
+from metrics.curves import CurveMetric
+from metrics.perturbation import Outputs, PatchMetric, rivals, target_output
 
 
 class OtherClassMetric(Metric):
@@ -211,6 +211,7 @@ class ContrastiveFaithfulness(CurveMetric, PatchMetric):
     """
 
     name = "contrastive_faithfulness"
+    perturbed = slice(1, -1)
     group = "class_sensitivity"
     formula = "area, over the fraction of patches replaced, of (drop of the target's logit - drop of its rival's logit)"
     rewards = "What the map marks speaks for the target rather than for classes in general."
@@ -223,15 +224,11 @@ class ContrastiveFaithfulness(CurveMetric, PatchMetric):
         """Return for each sample why the metric is undefined on it, or ""."""
         return _with_two_classes(samples, super().undefined(samples))
 
-    def removed(self, samples: Samples) -> np.ndarray:
-        """Return (N, S, P) bool: the most relevant patches after each step between the first and the last."""
-        return in_orders(self.ranks(samples), self.counts(samples)[1:-1], self.orders)
-
     def read(self, samples: Samples, seen: Outputs) -> np.ndarray:
         """Return (N,) float64 in units of the logit."""
         counts = self.counts(samples)
-        pair = np.stack([samples.targets, rivals(samples.logits, samples.targets)], axis=1)
-        target, rival = np.take_along_axis(samples.logits, pair, axis=1).T
+        classes = samples.targets, rivals(samples.logits, samples.targets)
+        target, rival = (target_output(samples.logits, each, "logit") for each in classes)
         drop = (target - rival)[:, None] - (seen.logit - seen.rival)
         return trapezoid(np.pad(drop, ((0, 0), (1, 0))), counts[:-1] / counts[-1], axis=1)
 

@@ -28,6 +28,7 @@ class RemovalMetric(PerturbationMetric):
     group = "faithfulness"
     undefined_reason = "the model's output is not finite"
     orders: ClassVar[tuple[Order, ...]] = ("most",)
+    perturbed: ClassVar[slice] = slice(1, None)  # which of the `counts` need a forward pass
 
     def ranks(self, samples: Samples) -> np.ndarray:
         """Return (N, F) int: 0 for the most relevant feature of each map to F - 1 for the least relevant one."""
@@ -38,8 +39,8 @@ class RemovalMetric(PerturbationMetric):
         raise NotImplementedError
 
     def removed(self, samples: Samples) -> np.ndarray:
-        """Return (N, orders x S, F) bool: order by order, every step but the whole image."""
-        return in_orders(self.ranks(samples), self.counts(samples)[1:], self.orders)
+        """Return (N, orders x S, F) bool: order by order, every step that is `perturbed`."""
+        return in_orders(self.ranks(samples), self.counts(samples)[self.perturbed], self.orders)
 
     def curves(self, samples: Samples, seen: Outputs) -> list[np.ndarray]:
         """Return for each order (N, S + 1): the output on the whole image and after each step."""
@@ -52,11 +53,6 @@ def in_orders(ranks: np.ndarray, counts: np.ndarray, orders: Sequence[Order]) ->
     """Return (N, orders x S, F) bool: the `counts` (S,) "most" or "least" relevant features by their `ranks` (N, F)."""
     ranked = [ranks if order == "most" else ranks.shape[1] - 1 - ranks for order in orders]
     return np.concatenate([of_order[:, None] < counts[:, None] for of_order in ranked], axis=1)
-
-
-def first(samples: Samples, counts: np.ndarray, relevant: Order) -> np.ndarray:
-    """Return (N, S, P) bool: the `counts` (S,) "most" or "least" relevant patches."""
-    return in_orders(patch_ranks(samples), counts, [relevant])
 
 
 def removal_counts(features: int, steps: int) -> np.ndarray:
@@ -103,13 +99,10 @@ class SymmetricGain(CurveMetric):
     """
 
     orders = ("least", "most")
+    perturbed = slice(1, -1)
     chance = 0.0
     formula = "area of the curve least relevant first - area of the curve most relevant first"
     rewards = "The output holds while irrelevant features go, and falls as soon as relevant ones do."
-
-    def removed(self, samples: Samples) -> np.ndarray:
-        """Return (N, 2 S, F) bool: the steps between the whole image and the fully replaced one."""
-        return in_orders(self.ranks(samples), self.counts(samples)[1:-1], self.orders)
 
     def read(self, samples: Samples, seen: Outputs) -> np.ndarray:
         """Return (N,) float64."""

@@ -358,7 +358,7 @@ def _patch_sums(samples: Samples) -> np.ndarray:
 def patch_ranks(samples: Samples) -> np.ndarray:
     """Return (N, P) int: 0 for the most relevant patch of each map to P - 1 for the least relevant one.
 
-    Ties are broken by `lottery`.
+    Ties are broken as in `ranks`.
     """
     return samples.keep("patch ranks", lambda: ranks(patch_sums(samples), samples.seeds))
 

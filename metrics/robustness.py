@@ -83,7 +83,8 @@ class RobustnessMetric(ReexplainingMetric):
     draws : int
         Noisy copies per image, each explained; Quantus takes 200, and a maximum grows with their number.
     radius : float
-        Of the noise: uniform in +- radius, or normal with that standard deviation.
+        Of the noise, in the units of the normalised inputs: uniform in +- radius, or normal with that standard
+        deviation.
     """
 
     group = "robustness"
@@ -146,13 +147,6 @@ class MaxSensitivity(SensitivityMetric):
 
     Costs `draws` explanations per image, which the metrics of uniform noise share. The largest of few draws is below
     that of many, and scores of another `draws` or `radius` cannot be compared.
-
-    Parameters
-    ----------
-    draws : int
-        Noisy copies per image.
-    radius : float
-        The noise is uniform in +- radius, in the units of the normalised inputs.
     """
 
     name = "max_sensitivity"
@@ -169,13 +163,6 @@ class AvgSensitivity(SensitivityMetric):
 
     Costs `draws` explanations per image, which the metrics of uniform noise share. Komorowski, Baniecki & Biecek
     (arXiv:2304.06133) take ``draws=3, radius=0.33``.
-
-    Parameters
-    ----------
-    draws : int
-        Noisy copies per image.
-    radius : float
-        The noise is uniform in +- radius, in the units of the normalised inputs.
     """
 
     name = "avg_sensitivity"
@@ -245,13 +232,6 @@ class RelativeInputStability(RelativeStability):
     Costs `draws` explanations per image, which the metrics of uniform noise share, and as many forward passes for
     all explainers together. Copies that the model puts in another class than the image do not count. Zeros that are
     divided by count as 1e-6, so that maps with zeros score orders of magnitude higher than those without.
-
-    Parameters
-    ----------
-    draws : int
-        Noisy copies per image.
-    radius : float
-        The noise is uniform in +- radius, in the units of the normalised inputs.
     """
 
     name = "relative_input_stability"
@@ -265,16 +245,7 @@ class RelativeInputStability(RelativeStability):
 class RelativeOutputStability(RelativeStability):
     """Largest relative change of the attributions per change of the logits.
 
-    Costs `draws` explanations per image, which the metrics of uniform noise share, and as many forward passes for
-    all explainers together. Copies that the model puts in another class than the image do not count. Zeros that are
-    divided by count as 1e-6, so that maps with zeros score orders of magnitude higher than those without.
-
-    Parameters
-    ----------
-    draws : int
-        Noisy copies per image.
-    radius : float
-        The noise is uniform in +- radius, in the units of the normalised inputs.
+    Costs, copies of another class and zeros are as for `relative_input_stability`.
     """
 
     name = "relative_output_stability"
