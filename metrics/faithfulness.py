@@ -63,7 +63,7 @@ class DropCorrelation(PerturbationMetric):
 
     def read(self, samples: Samples, seen: Outputs) -> np.ndarray:
         """Return (N,) float64 in [-1, 1]."""
-        relevance = sums(self.removed(samples), self.relevance(samples))
+        relevance = sums(seen.removed, self.relevance(samples))
         # the unperturbed output is a constant of the sample: no correlation sees it
         pair = (
             of_each.reshape(len(samples) * self.kinds(samples), -1)
@@ -361,7 +361,7 @@ class Infidelity(PatchMetric):
         """Return (N,) float64, in squared units of the output."""
         output = seen.target(self.output)
         drops = output[:, :1] - output[:, 1:]
-        relevance = sums(self.removed(samples)[:, 1:], patch_sums(samples))
+        relevance = sums(seen.removed[:, 1:], patch_sums(samples))
         gaps = self.scale(relevance, drops)[:, None] * relevance - drops
         return np.where(self.tells(drops), (gaps**2).mean(axis=1), np.nan)
 
@@ -440,7 +440,7 @@ class SalienceGuidedFaithfulness(PatchMetric):
 
     def read(self, samples: Samples, seen: Outputs) -> np.ndarray:
         """Return (N,) float64 in [-1, 1]."""
-        salience, drops = sums(self.removed(samples), patch_sums(samples)), -seen.target(self.output)
+        salience, drops = sums(seen.removed, patch_sums(samples)), -seen.target(self.output)
         more, less = np.triu_indices(drops.shape[1], 1)
         weights = salience[:, more] - salience[:, less]
         signed = np.where(drops[:, more] >= drops[:, less], weights, -weights).sum(axis=1)

@@ -33,10 +33,12 @@ Output = Literal["logit", "probability"]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the model says of N images in S perturbed versions; every array is (N, S) float64.
+    """What the model says of N images in S perturbed versions; every array but the first is (N, S) float64.
 
     Parameters
     ----------
+    removed : ndarray
+        (N, S, F) bool, the features that were removed.
     logit : ndarray
         The target's logit.
     rival : ndarray
@@ -48,6 +50,7 @@ class Outputs:
         The class with the largest logit; NaN where the logits are not finite.
     """
 
+    removed: np.ndarray
     logit: np.ndarray
     rival: np.ndarray
     log_partition: np.ndarray
@@ -147,7 +150,7 @@ class Passes:
         table, wanted = self._want(rows, removal)
         self._run(removal.imputer, table)
         logit, rival, log_partition, predicted = np.moveaxis(table.values[wanted], -1, 0)
-        return Outputs(logit, rival, log_partition, predicted)
+        return Outputs(removal.removed, logit, rival, log_partition, predicted)
 
     def want(self, rows: np.ndarray, removal: Removal) -> None:
         """Ask for a removal, to be computed together with others by the next `run`."""
