@@ -15,12 +15,19 @@ from torch import Tensor, nn
 
 from adapters import Explainer
 from bench.datasets import Dataset, Item, Sample
+from bench.datasets.base import Masks
 from bench.models import Model
 from bench.store import identity
 from explainer_bench import RequestError
 from metrics.quantus_bridge import with_gradients
 
 SHARD = 16  # samples per cell; fixed, so that the files of a run do not depend on how it is run
+
+
+def evidence(dataset: Dataset, model: Model) -> str:
+    """Return the region that the model is known to use, as its checkpoint says; "" where that is not known."""
+    region = str(model.meta.get("evidence", ""))
+    return region if region in dataset.regions else ""
 
 
 class Shard:
@@ -39,6 +46,7 @@ class Shard:
     def __init__(self, index: int, samples: list[Sample], dataset: Dataset, model: Model) -> None:
         self.index, self.samples, self._dataset, self._model = index, samples, dataset, model
         self._moved: dict[torch.device, Tensor] = {}
+        self._masks: dict[str, list[Masks]] = {}
 
     @cached_property
     def _items(self) -> list[Item]:
@@ -49,10 +57,16 @@ class Shard:
         """(n, C, H, W) preprocessed images."""
         return torch.stack([self._model.preprocess(item.image) for item in self._items])
 
-    @cached_property
-    def masks(self) -> list[dict[int, np.ndarray]]:
-        """Per sample its ROI mask (H, W) bool per class, at the model's input size."""
-        return [{c: self._model.preprocess_roi(mask) for c, mask in item.roi.items()} for item in self._items]
+    def masks(self, region: str = "") -> list[Masks]:
+        """Return per sample the masks (H, W) bool per class of a named region, at the model's input size.
+
+        Without a name, of the region that the model is known to use, or else of the ROI.
+        """
+        region = region or evidence(self._dataset, self._model)
+        if region not in self._masks:
+            items = (item.masks(region).items() for item in self._items)
+            self._masks[region] = [{c: self._model.preprocess_roi(mask) for c, mask in masks} for masks in items]
+        return self._masks[region]
 
     def inputs_on(self, device: torch.device) -> Tensor:
         """Return `inputs` on a device; moved there once."""
@@ -60,10 +74,10 @@ class Shard:
             self._moved[device] = self.inputs.to(device)
         return self._moved[device]
 
-    def roi(self, classes: np.ndarray) -> np.ndarray:
-        """Return (n, H, W) bool: each sample's ROI for its class, all False where it has none."""
+    def roi(self, classes: np.ndarray, region: str = "") -> np.ndarray:
+        """Return (n, H, W) bool: each sample's region for its class, see `masks`; all False where it has none."""
         empty = np.zeros(self._model.input_size, dtype=bool)
-        return np.stack([masks.get(int(c), empty) for masks, c in zip(self.masks, classes, strict=True)])
+        return np.stack([masks.get(int(c), empty) for masks, c in zip(self.masks(region), classes, strict=True)])
 
     def seeds(self, seed: int) -> np.ndarray:
         """Return (n,) uint32, one per sample, from `seed` and the sample's content."""
@@ -118,7 +132,8 @@ class Problem:
     @cached_property
     def identity(self) -> list[object]:
         """What of data set and model, besides the samples, decides a result."""
-        return [identity(replace(self.dataset, root=None)), self.model.fingerprint]
+        known = evidence(self.dataset, self.model)
+        return [identity(replace(self.dataset, root=None)), self.model.fingerprint, *([known] if known else [])]
 
     def context(self, explainer: Explainer, shard: Shard, repeats: int = 1) -> dict[str, Any]:
         """Return what an explainer `needs` to explain a shard, each sample `repeats` times in a row."""
@@ -136,8 +151,9 @@ class Problem:
     def _roi_sums(self) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         sums: dict[str, np.ndarray] = {}
         counts: dict[str, int] = {}
+        region = evidence(self.dataset, self.model)
         for sample in self.dataset.samples:
-            if (mask := self.dataset.load(sample).roi.get(sample.label)) is not None:
+            if (mask := self.dataset.load(sample).masks(region).get(sample.label)) is not None:
                 mask = self.model.preprocess_roi(mask)
                 sums[sample.group] = sums.get(sample.group, 0) + mask.astype(np.int32)
                 counts[sample.group] = counts.get(sample.group, 0) + 1

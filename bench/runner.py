@@ -148,9 +148,19 @@ class Run:
             if "concept" in explainer.needs and not explainer.files():
                 raise RequestError(f"{explainer.name} needs images of its concept: {explainer.name}[folder=DIR].")
         for problem in self.problems:
+            self._check_regions(problem)
             if not self.supported(problem):
                 reason = self.refusal(problem, self.explainers[0])
                 raise RequestError(f"none of the explainers supports model {problem.model.name!r}: {reason}.")
+
+    def _check_regions(self, problem: Problem) -> None:
+        there = problem.dataset.regions
+        for metric in self.metrics:
+            if (wanted := metric.params.get("roi")) and wanted not in there:
+                known = f"it has {', '.join(there)}" if there else "its ROI has no name, leave `roi` out"
+                raise RequestError(
+                    f"{metric.spec}: data set {problem.dataset.name!r} has no region {wanted!r}: {known}."
+                )
 
     def _check_target(self, class_names: tuple[str, ...]) -> None:
         target = self.suite.target

@@ -14,7 +14,7 @@ from explainer_bench import RequestError, write_atomically
 from leaderboards import statistics
 from leaderboards.aggregate import CORE_GROUPS, build_model
 
-GROUPS = (*CORE_GROUPS, "robustness", "randomization", "axiomatic")
+GROUPS = (*CORE_GROUPS, "plausibility", "robustness", "randomization", "axiomatic")
 STATUSES = ("ok", "incomplete", "failed", "unsupported")
 RUN_COLUMNS = ("seed", "device", "precision", "quantus", "torch", "explainer_bench", "git", "utc")
 _SHORT = {  # for a terminal; `mean_rank` is no group's

@@ -24,6 +24,7 @@ GROUPS = {
     "localization": "Does the map lie on the region of interest? A model may be right for another reason.",
     "compactness": "Is the evidence concentrated in few places? A map can be compact and wrong.",
     "class_sensitivity": "Does the map change with the class it explains? A class-blind map cannot explain one.",
+    "plausibility": "Does the map lie where a person would look? That need not be what the model uses.",
     "robustness": "Does the map stay when the input changes imperceptibly?",
     "randomization": "Does the map change when the model's weights are destroyed?",
     "axiomatic": "Does the map keep the rules that it should follow by construction?",

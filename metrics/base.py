@@ -18,6 +18,7 @@ GROUPS = (
     "localization",
     "compactness",
     "class_sensitivity",
+    "plausibility",
     "robustness",
     "randomization",
     "axiomatic",
@@ -68,7 +69,8 @@ class Samples:
     labels : ndarray, optional
         (N,) int, the true classes.
     roi_of : callable, optional
-        ``roi_of(classes (N,) int) -> (N, H, W) bool``: each sample's ROI for another class, all False without one.
+        ``roi_of(classes (N,) int, region="") -> (N, H, W) bool``: each sample's ROI for another class, or its region of
+        this name ("lung", say); all False without one.
     mosaics : callable, optional
         ``mosaics() -> (images (N, C, H, W), own (N, H, W) bool)``: for each sample a mosaic of images, and the part of
         it that shows the sample's target; all False where there is none.
@@ -92,7 +94,7 @@ class Samples:
     explain: Callable[[np.ndarray], np.ndarray] | None = None
     reexplain: Reexplain | None = None
     labels: np.ndarray | None = None
-    roi_of: Callable[[np.ndarray], np.ndarray] | None = None
+    roi_of: Callable[..., np.ndarray] | None = None
     mosaics: Callable[[], tuple[Tensor, np.ndarray]] | None = None
     black: Tensor | None = None
     precision: Precision = "fp32"
@@ -129,12 +131,12 @@ class Samples:
         object.__setattr__(part, "rows", rows if self.rows is None else self.rows[rows])
         return part
 
-    def _of_classes(self, function: Callable[[np.ndarray], np.ndarray] | None, rows: np.ndarray) -> Any:
-        def at_rows(classes: np.ndarray) -> np.ndarray:
+    def _of_classes(self, function: Callable[..., np.ndarray] | None, rows: np.ndarray) -> Any:
+        def at_rows(classes: np.ndarray, *more: Any) -> np.ndarray:
             full = self.targets.copy()
             full[rows] = classes
             assert function is not None
-            return function(full)[rows]
+            return function(full, *more)[rows]
 
         return function and at_rows
 

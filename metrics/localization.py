@@ -13,7 +13,8 @@ import numpy as np
 from pydantic import Field, field_validator
 from scipy.special import gammaln
 
-from metrics.base import Samples
+from explainer_bench import RequestError
+from metrics.base import Samples, Scores
 from metrics.maps import (
     MapMetric,
     QuantusMapMetric,
@@ -61,6 +62,9 @@ class RoiMetric(MapMetric):
 
     Parameters
     ----------
+    roi : str
+        One of the regions that the data set names (``roi=lung``). Such a score says whether the map is where a person
+        would look, so it counts as plausibility. Empty: the region where the evidence is known, or assumed, to be.
     unit : {"pixel", "token"}
         What is scored, see `MapMetric`.
     region : {"mask", "box"}
@@ -78,14 +82,30 @@ class RoiMetric(MapMetric):
     needs_roi = True
     needs_background: ClassVar[bool] = False  # an ROI of the whole image has no score
 
+    roi: str = ""
     region: Literal["mask", "box"] = "mask"
     corrected: bool = False
     roi_size: Literal["any", "small", "medium", "large"] = "any"
 
     def __post_init__(self) -> None:
+        if self.roi:
+            self.group = "plausibility"  # type: ignore[misc]
         if self.corrected:
             low = -np.inf if self.chance is None else (self.bounds[0] - self.chance) / (1 - self.chance)
             self.bounds, self.chance = (low, 1.0), 0.0  # type: ignore[misc]
+
+    def named(self, samples: Samples) -> Samples:
+        """Return the samples whose `roi` is the region that `roi` names."""
+        if not self.roi:
+            return samples
+        if samples.roi_of is None:
+            raise RequestError(f"the metric {self.spec!r} needs named regions: give Samples a `roi_of`.")
+        of_region = samples.roi_of
+        return samples.keep(("roi", self.roi), lambda: replace(samples, roi=of_region(samples.targets, self.roi)))
+
+    def __call__(self, samples: Samples) -> Scores:
+        """Score every sample, see `Metric`."""
+        return super().__call__(self.named(samples))
 
     def view(self, samples: Samples) -> Samples:
         """Return the samples with `maps` and `roi` as this metric sees them."""
@@ -118,6 +138,7 @@ class RoiMetric(MapMetric):
 
     def chance_level(self, samples: Samples) -> np.ndarray:
         """Return (N,) float64: the expected score by chance; NaN where it is unknown or the metric undefined."""
+        samples = self.named(samples)
         view, known = self.view(samples), [not reason for reason in self.undefined(samples)]
         levels = [np.nan if not row_known else self.by_chance(view, row) for row, row_known in enumerate(known)]
         return np.array(levels) * (0 if self.corrected else 1)

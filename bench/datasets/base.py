@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -39,20 +41,34 @@ class Sample:
     source: Any = None
 
 
+Masks = Mapping[int, np.ndarray]  # per class with a region its mask (H, W) bool
+
+
 class Item(NamedTuple):
-    """A sample that was read: RGB image (H, W, 3) uint8, and per class with a ROI its mask (H, W) bool."""
+    """A sample that was read: RGB image (H, W, 3) uint8, its ROI, and all regions that the data set names."""
 
     image: np.ndarray
-    roi: dict[int, np.ndarray]
+    roi: Masks
+    regions: Mapping[str, Masks] = MappingProxyType({})
+
+    def masks(self, region: str = "") -> Masks:
+        """Return the masks of a named region, or of the ROI; none where the image does not have it."""
+        return self.regions.get(region, {}) if region else self.roi
 
 
 class Dataset(Component):
-    """Base of all data sets."""
+    """Base of all data sets. The plain strings make its page in the documentation."""
 
     class_names: ClassVar[tuple[str, ...]] = ()
+    regions: ClassVar[tuple[str, ...]] = ()  # names of its regions, where there are several; the first is the ROI
     licence: ClassVar[str] = ""
     where: ClassVar[str] = ""  # where to get it; "embedded" where nothing is needed
     tree: ClassVar[str] = ""  # the layout expected under the root
+    counts: ClassVar[str] = ""  # how many images there are, by class
+    splitting: ClassVar[str] = ""  # what goes to which split, and what is kept together
+    labelling: ClassVar[str] = ""  # where the label comes from
+    roi_rule: ClassVar[str] = ""  # where the ROI comes from, and what it is
+    faults: ClassVar[str] = ""  # what is known to be wrong with it
 
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 from scipy.sparse.csgraph import connected_components
 
-from bench.datasets.base import Dataset, Item, Sample
+from bench.datasets.files import FileDataset, Found, class_folders, deal, merged, read
 from explainer_bench import RequestError
 
 FOLDER = "Dataset_BUSI_with_GT"
@@ -24,20 +23,7 @@ NORMAL = 2
 _IMAGE = re.compile(r"(?P<stem>.+ \(\d+\))\.png", re.IGNORECASE)
 
 
-class Found(NamedTuple):
-    """One image on disk: its class, its path and those of its masks."""
-
-    label: int
-    path: Path
-    masks: tuple[Path, ...]
-
-    @property
-    def id(self) -> str:
-        """``class/stem``, the same on every machine."""
-        return f"{self.path.parent.name}/{self.path.stem}"
-
-
-class Busi(Dataset):
+class Busi(FileDataset):
     """The 780 breast ultrasound images of Al-Dhabyani et al. (2020): benign, malignant, normal.
 
     The ROI is the lesion, and it is the evidence for either lesion class; normal images have none. Several
@@ -66,115 +52,76 @@ class Busi(Dataset):
     name = "busi"
     version = "1"
     class_names = ("benign", "malignant", "normal")
+    folder = FOLDER
+    required = class_names
     licence: ClassVar[str] = "free for research with citation (Data in Brief 28:104863); its authors name no licence"
     where: ClassVar[str] = "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset"
     tree: ClassVar[str] = f"{FOLDER}/{{benign,malignant,normal}}/ with CLASS (i).png, CLASS (i)_mask.png, _mask_1.png"
+    counts: ClassVar[str] = "780 images: 437 benign, 210 malignant, 133 normal"
+    splitting: ClassVar[str] = "70, 15 and 15 % of every class, near-duplicates kept together; none is published"
+    labelling: ClassVar[str] = "the class folder"
+    roi_rule: ClassVar[str] = "the union of an image's lesion masks, for either lesion class; normal images have none"
+    faults: ClassVar[str] = (
+        "one image is filed in two classes (benign (433) is malignant (145)); there are many near-duplicates; calipers "
+        "are burnt into many images; patients are not named"
+    )
     reference = "https://doi.org/10.1016/j.dib.2019.104863"
 
     seed: Annotated[int, Field(ge=0)] = 0
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.90
 
-    @cached_property
-    def samples(self) -> list[Sample]:
-        """The samples of `split`, sorted by id; every file of the data set is read once to group and to check it."""
-        found = self._find()
-        facts = _facts(found)
-        groups = _groups(found, np.stack([thumbnail for _, thumbnail in facts]), self.threshold)
-        split = _split(found, groups, self.seed)
-        rows = [row for row in range(len(found)) if split[row] == self.split]
-        return [Sample(found[r].id, found[r].label, groups[r], facts[r][0], source=found[r]) for r in rows]
+    def find(self, folder: Path) -> list[Found]:
+        """Return every image; every file is read once, to group and to check it."""
+        found = [item for label, path in class_folders(folder, self.class_names) for item in _images(path, label)]
+        found.sort(key=lambda item: item.id)
+        groups = _groups(found, _thumbnails(found), self.threshold)
+        parts = deal(groups, [item.label for item in found], self.seed)
+        triples = zip(found, groups, parts, strict=True)
+        return [replace(item, group=group, split=part) for item, group, part in triples]
 
-    def load(self, sample: Sample) -> Item:
-        """Read the image, as RGB, and the union of its masks."""
-        found: Found = sample.source
-        image, mask = _read(found)
-        roi = {} if found.label == NORMAL or not mask.any() else {0: mask, 1: mask}
-        return Item(np.asarray(image.convert("RGB")), roi)
-
-    def _find(self) -> list[Found]:
-        """Every image under the root, sorted by id."""
-        folder = self._folder()
-        found = [item for label, name in enumerate(self.class_names) for item in _images(folder / name, label)]
-        return sorted(found, key=lambda item: item.id)
-
-    def _folder(self) -> Path:
-        help_line = f"Expected {self.tree}; get it from {self.where} (licence: {self.licence})."
-        if self.root is None:
-            raise RequestError(f"busi needs its data: give --data-root (root=...). {help_line}")
-        for folder in (self.root, self.root / FOLDER):
-            if all(any(_images(folder / name, 0)) for name in self.class_names):
-                return folder
-        raise RequestError(f"busi: no BUSI images under {self.root}: {_contents(self.root)}. {help_line}")
-
-
-def _contents(root: Path) -> str:
-    """What there is instead, in a few words."""
-    if not root.is_dir():
-        return "it is a file, not a folder" if root.exists() else "there is no such folder"
-    names = sorted(path.name for path in root.iterdir())
-    return f"found {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "the folder is empty"
+    def classes_of(self, found: Found) -> tuple[int, ...]:
+        """Return both lesion classes: the lesion is the evidence for either."""
+        return () if found.label == NORMAL else (0, 1)
 
 
 def _images(folder: Path, label: int) -> list[Found]:
-    """The images of one class with their masks; the folder may be missing."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    """The images of one class with their masks."""
+    names = sorted(path.name for path in folder.iterdir())
     masks: dict[str, list[Path]] = {}
     for name in names:
         stem, mark, _ = name.partition("_mask")
         if mark and name.lower().endswith(".png"):
             masks.setdefault(stem, []).append(folder / name)
     stems = [(name, match["stem"]) for name in names if (match := _IMAGE.fullmatch(name))]
-    return [Found(label, folder / name, tuple(masks.get(stem, ()))) for name, stem in stems]
-
-
-def _open(path: Path, mode: str) -> Image.Image:
-    """Read an image whole, in PIL `mode`."""
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).split(" <")[0].rstrip(".")
-        raise RequestError(f"{path} cannot be read as an image ({reason}): replace the file.") from error
-
-
-def _read(found: Found) -> tuple[Image.Image, np.ndarray]:
-    """Return the grey or colour image and the union of its masks, (H, W) bool."""
-    image = _open(found.path, "RGB")
-    if not found.masks and found.label != NORMAL:
-        raise RequestError(f"{found.path} has no mask: expected {found.path.stem}_mask.png beside it.")
-    merged = np.zeros((image.height, image.width), bool)
-    for path in found.masks:
-        mask = _open(path, "L")
-        if mask.size != image.size:
-            sizes = f"{mask.width} x {mask.height} px, its image {image.width} x {image.height} px"
-            raise RequestError(f"{path} does not fit its image: the mask has {sizes}; replace one of the two files.")
-        merged |= np.asarray(mask) > 127
-    return image, merged
+    return [
+        Found(f"{folder.name}/{stem}", label, folder / name, tuple(("", path) for path in masks.get(stem, ())))
+        for name, stem in stems
+    ]
 
 
 @lru_cache(maxsize=4096)
-def _fact(found: Found, stamp: tuple[Any, ...]) -> tuple[str, np.ndarray]:
-    """Digest of the files of one sample, and its thumbnail (32, 32) uint8; `stamp` tells one state from another."""
-    image, _ = _read(found)
-    digest = hashlib.sha256()
-    for path in (found.path, *found.masks):
-        digest.update(path.read_bytes())
-    return digest.hexdigest(), np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+def _thumbnail(found: Found, stamp: tuple[Any, ...]) -> np.ndarray:
+    """Read and check one sample; its thumbnail (32, 32) uint8. `stamp` tells one state of the files from another."""
+    image = read(found.path, "RGB")
+    if not found.masks and found.label != NORMAL:
+        raise RequestError(f"{found.path} has no mask: expected {found.path.stem}_mask.png beside it.")
+    merged((path for _, path in found.masks), image.size)
+    return np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
 
 
-def _facts(found: list[Found]) -> list[tuple[str, np.ndarray]]:
+def _thumbnails(found: list[Found]) -> np.ndarray:
     """Read every sample; the first unusable one is named, with the count of the others."""
-    facts, errors = [], []
+    thumbnails, errors = [], []
     for item in found:
         try:
-            stats = [path.stat() for path in (item.path, *item.masks)]
-            facts.append(_fact(item, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)))
+            stats = [path.stat() for path in item.files]
+            thumbnails.append(_thumbnail(item, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)))
         except RequestError as error:
             errors.append(str(error))
     if errors:
         more = f" ({len(errors) - 1} more samples are unusable.)" if errors[1:] else ""
         raise RequestError(errors[0] + more)
-    return facts
+    return np.stack(thumbnails)
 
 
 def correlations(thumbnails: np.ndarray) -> np.ndarray:
@@ -192,26 +139,3 @@ def _groups(found: list[Found], thumbnails: np.ndarray, threshold: float) -> lis
     for item, number in zip(found, component, strict=True):
         first.setdefault(number, item.id)
     return [first[number] for number in component]
-
-
-def _split(found: list[Found], groups: list[str], seed: int) -> list[str]:
-    """Deal whole groups to the splits, stratified by the class of their first image."""
-    members: dict[str, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    split = [""] * len(found)
-    for label in {item.label for item in found}:
-        mine = {group: rows for group, rows in members.items() if found[rows[0]].label == label}
-        for group, part in _deal(mine, seed).items():
-            for row in mine[group]:
-                split[row] = part
-    return split
-
-
-def _deal(members: dict[str, list[int]], seed: int) -> dict[str, str]:
-    """Send each group, in hashed order, to the split that its middle image falls in."""
-    order = sorted(members, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
-    sizes = np.array([len(members[group]) for group in order])
-    middle = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
-    parts: Iterable[int] = np.searchsorted([0.70, 0.85], middle)
-    return {group: ("train", "val", "test")[part] for group, part in zip(order, parts, strict=True)}
