@@ -38,6 +38,10 @@ class RequestError(ValueError):
     """The request was wrong: one line that says what is wrong, where, and how to mend it."""
 
 
+class RequestWarning(UserWarning):
+    """The request can be served, but is probably not what was meant: one line that says why."""
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """Return " Did you mean ...?" for a near miss, else the list of what is known.
 

@@ -1,37 +1,42 @@
-"""Models: timm architectures with local weights, and the checkpoints that our training writes.
-
-Nothing is ever downloaded, and no file is trusted: weights come from safetensors, or from PyTorch files read
-with ``weights_only=True``.
-"""
+"""Models: timm architectures and the survey's CNNs with local weights, and the checkpoints that our training writes."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-import pickle
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from explainer_bench import RequestError, parse_spec, write_atomically
+from bench import checkpoints, cnns, preprocessing
+from bench.checkpoints import SUFFIXES as SUFFIXES
+from bench.checkpoints import Checkpoint, load_strict
+from bench.preprocessing import Preprocessing
+from explainer_bench import RequestError, RequestWarning, did_you_mean, parse_spec, write_atomically
 
 WEIGHTS = Path(__file__).parent / "weights"
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+ALIASES = {  # names that studies use, and timm's
+    "dino_vits8": "vit_small_patch8_224.dino",
+    "dino_vits16": "vit_small_patch16_224.dino",
+    "dino_vitb8": "vit_base_patch8_224.dino",
+    "dino_vitb16": "vit_base_patch16_224.dino",
+    "dinov2_vits14_reg": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "dinov2_vitb14_reg": "vit_base_patch14_reg4_dinov2.lvd142m",
+}
 
-_HEADER = "explainer_bench"
 _LOADING = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_OF_CHECKPOINT = ["preprocessing"]
+_OF_ARCHITECTURE = ["weights", "preprocessing", "head", "pooling", "img_size"]
 
 
 @dataclass
@@ -44,16 +49,12 @@ class Model:
         The checkpoint's own name, or the architecture.
     module : nn.Module
         Returns logits (N, K); in eval mode, its parameters frozen.
-    input_size : tuple of int
-        Height and width in pixels that `preprocess` resizes to.
-    mean, std : tuple of float
-        Per channel, of images in [0, 1].
-    interpolation : str
-        Pillow's name of the filter: nearest, bilinear, bicubic, lanczos, box or hamming.
+    preprocessing : Preprocessing
+        How an image becomes its input.
     class_names : tuple of str
         One per logit.
     architecture : str
-        A timm name.
+        A timm name, or one of `bench.cnns`.
     kwargs : dict
         What `timm.create_model` is given besides the name.
     meta : dict
@@ -62,14 +63,16 @@ class Model:
 
     name: str
     module: nn.Module
-    input_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
+    preprocessing: Preprocessing
     class_names: tuple[str, ...]
     architecture: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what `preprocess` returns."""
+        return self.preprocessing.input_size
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -83,57 +86,43 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of architecture, preprocessing and float32 weights, in 16 hex digits."""
-        recipe = [self.architecture, self.kwargs, self.preprocessing]
+        recipe = [self.architecture, self.kwargs, self.preprocessing.to_json()]
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
         for key, tensor in sorted(self.module.state_dict().items()):
             value = tensor.float() if tensor.is_floating_point() else tensor
             digest.update(f"{key}{tuple(tensor.shape)}".encode() + value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """The preprocessing as JSON can hold it."""
-        lists = {key: list(getattr(self, key)) for key in ("input_size", "mean", "std")}
-        return {**lists, "interpolation": self.interpolation}
-
     def resize(self, image: np.ndarray) -> np.ndarray:
-        """Resize an RGB image (H, W, 3) uint8 to `input_size`, the whole image and nothing cropped."""
-        return self._resize(image, Image.Resampling[self.interpolation.upper()])
+        """Bring an RGB image (H, W, 3) uint8 to `input_size`: `Preprocessing.resize`."""
+        return self.preprocessing.resize(image)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn resized images (..., C, H, W) uint8 into what the module wants, float32."""
-        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std
+        return self.preprocessing.normalise(images)
 
     def preprocess(self, image: np.ndarray) -> Tensor:
-        """Resize and normalise an RGB image.
-
-        Parameters
-        ----------
-        image : ndarray
-            (H, W, 3) uint8.
-
-        Returns
-        -------
-        Tensor
-            (3, H', W') float32 with (H', W') the `input_size`, on the CPU.
-        """
-        return self.normalise(torch.from_numpy(self.resize(image).transpose(2, 0, 1).copy()))
+        """Turn an RGB image (H, W, 3) uint8 into a tensor (3, H', W') float32 on the CPU."""
+        return self.preprocessing(image)
 
     def preprocess_roi(self, mask: np.ndarray) -> np.ndarray:
         """Bring a mask (H, W) bool to `input_size` by the geometry of `preprocess`, nearest neighbour."""
-        return self._resize(mask.astype(np.uint8), Image.Resampling.NEAREST).astype(bool)
-
-    def _resize(self, array: np.ndarray, filter_: Image.Resampling) -> np.ndarray:
-        if array.shape[:2] == self.input_size:
-            return array
-        height, width = self.input_size
-        return np.array(Image.fromarray(array).resize((width, height), filter_))
+        return self.preprocessing.preprocess_roi(mask)
 
 
 def shipped() -> dict[str, Path]:
     """Return the models that come with the package, by name."""
     return {path.stem: path for path in sorted(WEIGHTS.glob("*.safetensors"))}
+
+
+def catalogue() -> list[dict[str, str]]:
+    """Return what `get` knows: a name and a line each."""
+    rows = dict.fromkeys(shipped(), "shipped with the package")
+    rows["FILE.safetensors"] = "a checkpoint of `explainer-bench train`"
+    rows["NAME[weights=FILE]"] = "any timm image classifier, with local weights"
+    rows |= {f"{name}[weights=FILE,head=FILE]": f"timm's {timm_name}" for name, timm_name in ALIASES.items()}
+    rows |= {f"{name}[weights=FILE]": line for name, line in cnns.catalogue().items()}
+    return [{"name": name, "what": line} for name, line in rows.items()]
 
 
 def get(
@@ -147,124 +136,252 @@ def get(
     Parameters
     ----------
     spec : str or Path
-        A shipped model ("digits_vit"), a checkpoint of our training (a path), or a timm architecture with its
-        weights: ``vit_tiny_patch16_224[weights=FILE]``.
+        A shipped model ("digits_vit"), a checkpoint of our training (a path), or an architecture with its
+        weights: ``vit_tiny_patch16_224[weights=FILE]``. Each takes ``preprocessing=NAME``, one of
+        `bench.preprocessing.VARIANTS` or "timm"; an architecture also ``head=FILE``, a linear classifier on the CLS
+        token for weights without one, ``img_size=PIXELS`` for a ViT, and ``pooling=cls`` for a fine-tuned MAE.
     class_names : sequence of str, optional
         Those of the data set; the model must fit them.
     device : str or torch.device
         Where to put it.
     weights : str or Path, optional
-        The weights of a timm architecture, instead of in the brackets.
+        The weights of an architecture, instead of in the brackets.
 
     Raises
     ------
     RequestError
         For an unknown name, a missing, corrupt or unsafe file, weights of another architecture, or other classes
         than the data set's.
+
+    Warns
+    -----
+    RequestWarning
+        Where the preprocessing normalises otherwise than the weights were trained with.
     """
-    path = shipped().get(str(spec), Path(spec))
+    name, options = _split(str(spec))
+    path = shipped().get(name, Path(name))
     if path.suffix in SUFFIXES or path.is_file():
-        model = _from_checkpoint(path)
+        _check_options(name, options, _OF_CHECKPOINT)
+        model = _from_checkpoint(checkpoints.read(path), **options)
     else:
-        model = _from_architecture(str(spec), weights)
+        _check_options(name, options, _OF_ARCHITECTURE)
+        model = _from_architecture(name, **{**options, **({"weights": weights} if weights else {})})
     if class_names is not None:
         _check_classes(model, tuple(class_names))
     model.module.to(device)
     return model
 
 
-def _from_checkpoint(path: Path) -> Model:
-    state, header = read_weights(path)
-    if not header:
+def _split(spec: str) -> tuple[str, dict[str, Any]]:
+    is_file = spec in shipped() or Path(spec).is_file()
+    return (spec, {}) if is_file else parse_spec(spec)
+
+
+def _check_options(name: str, options: Mapping[str, Any], known: list[str]) -> None:
+    for option in options:
+        if option not in known:
+            raise RequestError(f"model {name!r} has no parameter {option!r}.{did_you_mean(option, known)}")
+
+
+def _from_checkpoint(found: Checkpoint, preprocessing: str | None = None) -> Model:
+    path = found.path
+    if not found.header:
         line = f"{path} does not say which architecture it is of: write ARCHITECTURE[weights={path}]"
         raise RequestError(f"{line}, such as vit_tiny_patch16_224[weights={path}].")
     try:
-        return _from_header(header, state, path)
+        return _named(_from_header(found), preprocessing, found)
     except (KeyError, TypeError) as error:
-        raise RequestError(
-            f"{path} has a header that is not of our training ({_line(error)}): train it again."
-        ) from error
+        line = f"{path} has a header that is not of our training ({checkpoints.first_line(error)}): train it again."
+        raise RequestError(line) from error
 
 
-def _from_header(header: dict[str, Any], state: Mapping[str, Tensor], path: Path) -> Model:
+def _from_header(found: Checkpoint) -> Model:
+    header = found.header
     if risky := sorted(_LOADING & set(header["kwargs"])):
-        raise RequestError(f"{path} asks for {risky[0]}, which would load other files: it is refused.")
+        raise RequestError(f"{found.path} asks for {risky[0]}, which would load other files: it is refused.")
     module = _module(header["architecture"], header["kwargs"])
-    load_strict(module, state, path, header["architecture"])
-    given = {key: tuple(header["preprocessing"][key]) for key in ("input_size", "mean", "std")}
+    load_strict(module, found.state, found.path, header["architecture"])
     return Model(
         name=header["name"],
         module=module,
-        interpolation=header["preprocessing"]["interpolation"],
+        preprocessing=Preprocessing.from_json(header["preprocessing"]),
         class_names=tuple(header["class_names"]),
         architecture=header["architecture"],
         kwargs=header["kwargs"],
         meta=header,
-        **given,
     )
+
+
+def _named(model: Model, name: str | None, found: Checkpoint) -> Model:
+    """Give a model of these weights another preprocessing, and its name with it."""
+    if name is None:
+        return model
+    chosen = _choose(name, model.module, model.preprocessing)
+    model = replace(model, name=f"{model.name}[preprocessing={name}]", preprocessing=chosen)
+    _warn_of_normalisation(model, found)
+    return model
+
+
+def _warn_of_normalisation(model: Model, found: Checkpoint) -> None:
+    mean, std = _trained_with(model.architecture, found)
+    if not model.preprocessing.normalises_as(mean, std):
+        own = f"mean {_numbers(model.preprocessing.mean)}, std {_numbers(model.preprocessing.std)}"
+        theirs = f"mean {_numbers(mean)}, std {_numbers(std)}"
+        line = f"{model.name} normalises images with {own}, but the weights {found.path} were trained with {theirs}."
+        warnings.warn(line, RequestWarning, stacklevel=2)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in (values if len(set(values)) > 1 else values[:1]))
+
+
+def _trained_with(architecture: str, found: Checkpoint) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that weights were trained with: the header's, the format's, or timm's for the architecture."""
+    if found.header:
+        return tuple(found.header["preprocessing"]["mean"]), tuple(found.header["preprocessing"]["std"])
+    format_ = checkpoints.FORMATS[found.format]
+    if format_.mean and format_.std and "." not in architecture:  # a tag says whose weights they are
+        return format_.mean, format_.std
+    cfg = timm.get_pretrained_cfg(architecture)
+    return (tuple(cfg.mean), tuple(cfg.std)) if cfg else (preprocessing.IMAGENET_MEAN, preprocessing.IMAGENET_STD)
 
 
 def _fourteenth(side: int) -> int:
     return min((d for d in range(1, side + 1) if side % d == 0), key=lambda d: abs(d - side / 14))
 
 
-def _from_architecture(spec: str, weights: str | Path | None) -> Model:
-    name, params = parse_spec(spec)
-    weights = weights or params.pop("weights", None)
-    if params:
-        raise RequestError(f"model {name!r} has no parameter {next(iter(params))!r}: it takes weights=FILE.")
-    _check_name(name)
+def _from_architecture(
+    name: str,
+    weights: str | Path | None = None,
+    preprocessing: str | None = None,
+    head: str | None = None,
+    pooling: str | None = None,
+    img_size: int | None = None,
+) -> Model:
+    architecture = ALIASES.get(name, name)
+    _check_name(architecture)
     if weights is None:
         raise RequestError(f"model {name!r} needs its weights, nothing is downloaded: write {name}[weights=FILE].")
-    state, header = read_weights(Path(weights))
-    if header and header["architecture"] == name:
-        return _from_checkpoint(Path(weights))
-    model = create(name, num_classes=_count_classes(name, state))
-    load_strict(model.module, state, Path(weights), name)
-    return model
+    found = checkpoints.read(Path(str(weights)))
+    if found.header.get("architecture") == architecture:
+        return _from_checkpoint(found, preprocessing)
+    classifier = _classifier(architecture)
+    if head is not None:
+        joined = {f"{classifier}.{key}": value for key, value in checkpoints.read_head(Path(str(head))).items()}
+        found = found._replace(state={**found.state, **joined})
+    kwargs: dict[str, Any] = {"img_size": img_size} if img_size else {}
+    if found.format == "mae_finetuned" and pooling is None:
+        kwargs["global_pool"] = "avg"
+    model = create(architecture, name, num_classes=_count_classes(found.state, classifier), **kwargs)
+    mean, std = _trained_with(architecture, found)
+    model.preprocessing = replace(model.preprocessing, mean=mean, std=std)
+    state = checkpoints.adapt(found, model.module, pooling)
+    _check_head(model.module, state, classifier, found.path, head)
+    load_strict(model.module, state, found.path, name)
+    return _named(model, preprocessing, found)
 
 
-def create(architecture: str, name: str = "", class_names: Sequence[str] = (), **kwargs: Any) -> Model:
-    """Build an untrained model whose preprocessing is the one that timm states for the architecture.
+def _check_head(module: nn.Module, state: Mapping[str, Tensor], classifier: str, path: Path, head: str | None) -> None:
+    """Say what to do where nothing but a classifier on the model's own features is missing."""
+    own = module.state_dict()
+    if {key for key in own if key not in state} == {f"{classifier}.weight", f"{classifier}.bias"}:
+        line = f"{path} has no classifier: join a linear one with head=FILE, or fine-tune it with explainer-bench train"
+        raise RequestError(f"{line}.")
+    weight = f"{classifier}.weight"
+    if head is not None and state[weight].shape != own[weight].shape:
+        line = f"{head} reads {state[weight].shape[1]} features, the model has {own[weight].shape[1]}"
+        raise RequestError(f"{line}: DINO's own heads read several blocks or the mean patch, too; train one on CLS.")
+
+
+def create(
+    architecture: str,
+    name: str = "",
+    class_names: Sequence[str] = (),
+    preprocessing: str | Preprocessing | None = None,
+    **kwargs: Any,
+) -> Model:
+    """Build an untrained model.
 
     Parameters
     ----------
     architecture : str
-        A timm name.
+        A timm name, one of `bench.cnns`, or one of `ALIASES`.
     name : str
         The model's own name; the architecture's by default.
     class_names : sequence of str
         Names of the logits; their numbers by default.
+    preprocessing : str or Preprocessing, optional
+        A name of `bench.preprocessing.VARIANTS`, or "timm" for what timm's own evaluation does, scaled to the input
+        size of a model that takes but one. By default what timm states for the architecture (mean, std,
+        interpolation), with the whole image squashed to the input size.
     **kwargs
         For `timm.create_model`, such as ``num_classes``.
+
+    Raises
+    ------
+    RequestError
+        For an unknown architecture or preprocessing.
     """
+    name, architecture = name or architecture, ALIASES.get(architecture, architecture)
     if class_names:
         kwargs["num_classes"] = len(class_names)
     module = _module(architecture, kwargs)
-    cfg = timm.data.resolve_data_config({}, model=module)
-    size = getattr(getattr(module, "patch_embed", None), "img_size", None) or cfg["input_size"][1:]
     count = getattr(module, "num_classes", 0)
     return Model(
-        name=name or architecture,
+        name=name,
         module=module,
-        input_size=(int(size[0]), int(size[1])),
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
-        interpolation=cfg["interpolation"],
+        preprocessing=_choose(preprocessing, module),
         class_names=tuple(class_names) or tuple(map(str, range(count))),
         architecture=architecture,
         kwargs=kwargs,
     )
 
 
-def load_backbone(model: Model, path: Path) -> None:
-    """Load every weight but the classifier's, to fine-tune on other classes; strict otherwise."""
-    state, _ = read_weights(path)
-    head = _classifier(model.architecture)
-    own = model.module.state_dict()
-    kept = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
-    fresh = {key: value for key, value in own.items() if key.startswith(f"{head}.")}
-    load_strict(model.module, {**kept, **fresh}, path, model.architecture)
+def _choose(
+    wanted: str | Preprocessing | None, module: nn.Module, default: Preprocessing | None = None
+) -> Preprocessing:
+    cfg = timm.data.resolve_data_config({}, model=module)
+    height, width = (default.input_size if default else None) or _only_size(module) or cfg["input_size"][1:]
+    size = int(height), int(width)
+    if wanted is None:
+        return default or preprocessing.whole_image(cfg, size)
+    if wanted == preprocessing.OF_TIMM:
+        return preprocessing.of_timm(cfg, size)
+    chosen = wanted if isinstance(wanted, Preprocessing) else preprocessing.find(wanted)
+    return chosen.scaled_to(size) if default or _only_size(module) else chosen
+
+
+def _only_size(module: nn.Module) -> tuple[int, int] | None:
+    """The one input size that a module takes, or None."""
+    return getattr(getattr(module, "patch_embed", module), "img_size", None)
+
+
+def load_backbone(model: Model, path: Path, pooling: str | None = None) -> None:
+    """Load every weight but the classifier's, to fine-tune on other classes; strict otherwise.
+
+    Attention gates (SE, CBAM) stay new where the file, one of the plain CNN, has none.
+
+    Parameters
+    ----------
+    model : Model
+        Changed in place.
+    path : Path
+        A file of any of `bench.checkpoints.FORMATS`.
+    pooling : {"cls"}, optional
+        As for `bench.checkpoints.adapt`.
+
+    Warns
+    -----
+    RequestWarning
+        Where the model's preprocessing normalises otherwise than the weights were trained with.
+    """
+    found = checkpoints.read(Path(path))
+    own, state = model.module.state_dict(), checkpoints.adapt(found, model.module, pooling)
+    fresh = [f"{_classifier(model.architecture)}.", *cnns.gates(own, state)]
+    kept = {key: value for key, value in state.items() if not key.startswith(tuple(fresh))}
+    new = {key: value for key, value in own.items() if key.startswith(tuple(fresh))}
+    load_strict(model.module, {**kept, **new}, found.path, model.architecture)
+    _warn_of_normalisation(model, found)
 
 
 def save(path: Path, model: Model, half: bool = False, **meta: Any) -> None:
@@ -285,84 +402,18 @@ def save(path: Path, model: Model, half: bool = False, **meta: Any) -> None:
         "name": model.name,
         "architecture": model.architecture,
         "kwargs": model.kwargs,
-        "preprocessing": model.preprocessing,
+        "preprocessing": model.preprocessing.to_json(),
         "class_names": list(model.class_names),
         **meta,
     }
     tensors = {key: _stored(value, half) for key, value in model.module.state_dict().items()}
-    blob = safetensors.torch.save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+    blob = safetensors.torch.save(tensors, metadata={checkpoints.HEADER: json.dumps(header, sort_keys=True)})
     write_atomically(path, blob)
 
 
 def _stored(tensor: Tensor, half: bool) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     return tensor.half() if half and tensor.is_floating_point() else tensor
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors of a file, floats as float32, and our header ({} where there is none).
-
-    Raises
-    ------
-    RequestError
-        Where the file is missing, corrupt, holds code, or holds no weights.
-    """
-    if not path.is_file():
-        raise RequestError(f"no such weights file: {path}.")
-    state, header = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_torch(path), {})
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, header
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-        return safetensors.torch.load_file(path), header
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise RequestError(f"{path} is not a whole safetensors file ({_line(error)}): copy it again.") from error
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler lets any kind through on rubbish
-        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
-            raise RequestError(f"{path} holds code besides weights and is refused: save it as safetensors.") from error
-        raise RequestError(f"{path} is not a readable PyTorch file ({_line(error)}): copy it again.") from error
-    for key in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise RequestError(f"{path} does not hold a state dict of weights: save module.state_dict().")
-    return dict(loaded)
-
-
-def _line(error: Exception) -> str:
-    """The first line of a message, at most 120 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".")
-
-
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str) -> None:
-    """Load `state`, or say in one line how it differs from the module's own.
-
-    Raises
-    ------
-    RequestError
-        Naming the first key that is missing, unexpected or of another shape, and how many of each there are.
-    """
-    own = module.state_dict()
-    missing = [f"{key} is missing" for key in own if key not in state]
-    unexpected = [f"{key} is unexpected" for key in state if key not in own]
-    misshaped = [
-        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    differences = missing + unexpected + misshaped
-    if differences:
-        counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(misshaped)} of another shape"
-        raise RequestError(f"{path} is not a checkpoint of {architecture}: {differences[0]} ({counts}).")
-    module.load_state_dict(dict(state))
 
 
 def _module(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -376,7 +427,8 @@ def _module(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
 def _check_name(name: str) -> None:
     if timm.is_model(name):
         return
-    near = difflib.get_close_matches(name, [*shipped(), *timm.list_models()], n=3, cutoff=0.5)
+    known = [*shipped(), *ALIASES, *timm.list_models()]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists the architectures."
     raise RequestError(f"unknown model {name!r}: neither shipped, nor a file, nor of timm. {hint}")
 
@@ -388,9 +440,9 @@ def _classifier(architecture: str) -> str:
     return name if isinstance(name, str) else "head"
 
 
-def _count_classes(architecture: str, state: Mapping[str, Tensor]) -> int:
+def _count_classes(state: Mapping[str, Tensor], classifier: str) -> int:
     """The number of classes that the weights were made for; 1000 where they do not tell."""
-    bias = state.get(f"{_classifier(architecture)}.bias")
+    bias = state.get(f"{classifier}.bias")
     return 1000 if bias is None else len(bias)
 
 

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from bench import models, recipes, training
+from bench import datasets, models
+from bench.preprocessing import Preprocessing
 from explainer_bench import RequestError
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -32,7 +33,7 @@ def checkpoint(tmp_path: Path, model: models.Model) -> Path:
 
 def test_create_takes_preprocessing_from_the_architecture(model):
     assert model.input_size == (32, 48) and model.patch == (8, 8)
-    assert model.mean == model.std == (0.5, 0.5, 0.5) and model.interpolation == "bicubic"
+    assert model.preprocessing == Preprocessing((32, 48), (0.5,) * 3, (0.5,) * 3, "bicubic")
     assert not model.module.training and not any(p.requires_grad for p in model.module.parameters())
 
 
@@ -89,11 +90,22 @@ def test_half_precision_is_cast_on_loading(tmp_path, model, checkpoint):
     assert loaded.fingerprint == models.get(half).fingerprint != model.fingerprint
 
 
-@pytest.mark.parametrize("change", [{"mean": (0.4, 0.5, 0.5)}, {"interpolation": "bilinear"}, {"architecture": "x"}])
-def test_fingerprint_follows_everything_that_moves_a_score(model, change):
-    values = {name: getattr(model, name) for name in models.Model.__dataclass_fields__}
-    assert models.Model(**values).fingerprint == model.fingerprint
-    assert models.Model(**{**values, **change}).fingerprint != model.fingerprint
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": (0.4, 0.5, 0.5)}, {"interpolation": "bilinear"}, {"shortest_side": 50}, {"input_size": (32, 32)}],
+)
+def test_fingerprint_follows_the_preprocessing(model, change):
+    assert replace(model, name="other").fingerprint == model.fingerprint
+    changed = replace(model, preprocessing=replace(model.preprocessing, **change))
+    assert changed.fingerprint != model.fingerprint == replace(changed, preprocessing=model.preprocessing).fingerprint
+
+
+def test_fingerprint_follows_the_architecture(model):
+    assert replace(model, architecture="x").fingerprint != model.fingerprint
+
+
+def test_fingerprints_from_before_there_was_a_choice_of_geometry_hold():
+    assert models.get("digits_vit").fingerprint == "902b0b20da16daeb"
 
 
 def test_fingerprint_follows_the_weights(model):
@@ -210,12 +222,14 @@ def test_shipped_digits_model():
     assert models.shipped()["digits_vit"].stat().st_size <= 4e6
     assert sum(p.numel() for p in model.module.parameters()) <= 2_000_000
     assert model.input_size == (64, 64) and model.patch == (8, 8)
-    recipe = recipes.get("digits")
-    images = recipe.dataset("test", None)
-    figures = training.evaluate(recipe, model, training.read(recipe, images, images.samples, model), "cpu")
-    assert figures["top1_present"] >= 0.97
-    assert figures == pytest.approx(model.meta["training"]["test"], abs=0.002)
-    assert model.meta["training"]["data"]["test"]["fingerprint"] == images.fingerprint
+    trained = model.meta["training"]
+    images = datasets.get("digits", split="test", size=trained["data"]["test"]["images"])
+    assert trained["data"]["test"]["fingerprint"] == images.fingerprint
+    items = [images.load(sample) for sample in images.samples]
+    inputs = torch.stack([model.preprocess(item.image) for item in items])
+    top = torch.cat([model.module(part) for part in inputs.split(64)]).argmax(1).tolist()
+    present = np.mean([label in item.roi for label, item in zip(top, items, strict=True)])
+    assert present >= 0.97 and present == pytest.approx(trained["test"]["top1_present"], abs=0.002)
 
 
 def test_imagenet_weights_classify(shared):

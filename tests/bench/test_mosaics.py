@@ -14,6 +14,7 @@ from bench import datasets, models
 from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
 from bench.mosaics import Mosaics
+from bench.preprocessing import Preprocessing
 from bench.problem import Problem
 from metrics.mosaic import positive_share
 
@@ -42,8 +43,8 @@ class Grey(Dataset):
 
 def model(size: tuple[int, int] = (SIDE, SIDE)) -> Model:
     module = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).eval()
-    shape = {"input_size": size, "mean": (0.0,) * 3, "std": (1 / 255,) * 3, "interpolation": "nearest"}
-    return Model(name="m", module=module, class_names=("a", "b", "c"), architecture="none", **shape)  # type: ignore[arg-type]
+    how = Preprocessing(size, (0.0,) * 3, (1 / 255,) * 3, "nearest")
+    return Model(name="m", module=module, preprocessing=how, class_names=("a", "b", "c"), architecture="none")
 
 
 def quarters(image: torch.Tensor, own: np.ndarray) -> list[tuple[int, bool]]:

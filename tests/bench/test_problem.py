@@ -9,6 +9,7 @@ from torch import nn
 
 from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
+from bench.preprocessing import Preprocessing
 from bench.problem import SHARD, Problem
 from explainer_bench import RequestError
 
@@ -33,8 +34,8 @@ class Squares(Dataset):
 
 def model() -> Model:
     module = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).eval()
-    shape = {"input_size": (8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "nearest"}
-    return Model(name="m", module=module, class_names=("a", "b"), architecture="none", **shape)  # type: ignore[arg-type]
+    how = Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3, "nearest")
+    return Model(name="m", module=module, preprocessing=how, class_names=("a", "b"), architecture="none")
 
 
 def problem(samples: int = 40, seed: int = 0, n: int = 40) -> Problem:

@@ -1,0 +1,246 @@
+"""Weights files: reading them without trusting them, and the layouts that published checkpoints have.
+
+Nothing is downloaded. Files are safetensors, or PyTorch files read with ``weights_only=True``. Loading is strict:
+what may differ from the module's own layout is what `FORMATS` says, and any other difference is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from bench.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from explainer_bench import RequestError
+
+HEADER = "explainer_bench"
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+_WRAPPERS = ("teacher", "state_dict", "model_state_dict", "model")
+_DENSELAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d\.)")  # of torchvision before 0.3
+
+
+class Format(NamedTuple):
+    """A layout of published checkpoints.
+
+    Parameters
+    ----------
+    layout : str
+        What is in the file.
+    differs : str
+        What of it is not the module's own, and what becomes of that.
+    mean, std : tuple of float or None
+        What the weights were trained with; None where the architecture or the file says it.
+    """
+
+    layout: str
+    differs: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+_IMAGENET = (IMAGENET_MEAN, IMAGENET_STD)
+FORMATS = {
+    "trained here": Format("safetensors with a JSON header that states architecture, classes and preprocessing", ""),
+    "supervised": Format(
+        "timm's, torchvision's or DeiT's keys, with the classifier", "torchvision's old DenseNet keys"
+    ),
+    "backbone": Format(
+        "a timm ViT's keys without a classifier: DINO's and MAE's pretrained files, the latter under `model`",
+        "it has no classifier: join one with head=FILE, or fine-tune",
+        *_IMAGENET,
+    ),
+    "dino": Format(
+        "DINO's whole training state: `teacher` holds `backbone.*` and `head.*`, both perhaps after `module.`",
+        "the teacher's backbone is taken; the projection head and the student are not",
+        *_IMAGENET,
+    ),
+    "mae": Format(
+        "MAE's pretrained encoder with its decoder, under `model`", "the decoder and the mask token go", *_IMAGENET
+    ),
+    "mae_finetuned": Format(
+        "MAE fine-tuned, under `model`: `fc_norm` instead of `norm`, since the patch tokens are averaged",
+        "the model averages its patch tokens, as trained; with pooling=cls it reads the CLS token through `fc_norm`",
+        *_IMAGENET,
+    ),
+    "dinov2": Format(
+        "DINOv2: `mask_token`, perhaps `register_tokens`, positions of 518 px",
+        "the mask token goes; positions are added to the CLS token once and for all, as timm does for registers",
+        *_IMAGENET,
+    ),
+}
+
+
+class Checkpoint(NamedTuple):
+    """A file's weights, unwrapped, floats as float32; its header, where it is ours; and its format."""
+
+    path: Path
+    state: dict[str, Tensor]
+    header: dict[str, Any]
+    format: str
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a weights file of any of the `FORMATS`.
+
+    Raises
+    ------
+    RequestError
+        Where the file is missing, corrupt, holds code, or holds no weights.
+    """
+    if not path.is_file():
+        raise RequestError(f"no such weights file: {path}.")
+    if path.suffix == ".safetensors":
+        state, header = _read_safetensors(path)
+        wrapper = ""
+    else:
+        (state, wrapper), header = _read_torch(path), {}
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    if not header:
+        state = _without_prefix(state)
+    return Checkpoint(path, state, header, "trained here" if header else _recognise(state, wrapper))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+        return safetensors.torch.load_file(path), header
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise RequestError(f"{path} is not a whole safetensors file ({first_line(error)}): copy it again.") from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the state dict and what it was wrapped in."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the `args` of DINO's and MAE's training
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler lets any kind through on rubbish
+        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
+            raise RequestError(f"{path} holds code besides weights and is refused: save it as safetensors.") from error
+        raise RequestError(f"{path} is not a readable PyTorch file ({first_line(error)}): copy it again.") from error
+    wrapper = ""
+    for key in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded, wrapper = loaded[key], wrapper or key
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise RequestError(f"{path} does not hold a state dict of weights: save module.state_dict().")
+    return dict(loaded), wrapper
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, at most 120 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".")
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take `module.` off, and where keys start with `backbone.`, keep those alone."""
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    return backbone or state
+
+
+def _recognise(state: Mapping[str, Tensor], wrapper: str) -> str:
+    if wrapper == "teacher":
+        return "dino"
+    if "decoder_embed.weight" in state:
+        return "mae"
+    if "mask_token" in state:
+        return "dinov2"
+    if "fc_norm.weight" in state and "norm.weight" not in state:
+        return "mae_finetuned"
+    is_vit = "blocks.0.attn.qkv.weight" in state
+    return "backbone" if is_vit and "head.weight" not in state else "supervised"
+
+
+def read_head(path: Path) -> dict[str, Tensor]:
+    """Read a linear classifier that was trained on a frozen backbone: DINO's file or a plain one.
+
+    Returns
+    -------
+    dict
+        ``weight`` (K, features) and ``bias`` (K,).
+
+    Raises
+    ------
+    RequestError
+        Where the file holds something else.
+    """
+    state = {re.sub(r"^(linear|head|fc)\.", "", key): value for key, value in read(path).state.items()}
+    if set(state) != {"weight", "bias"} or state["weight"].ndim != 2:
+        held = ", ".join(sorted(state)[:4])
+        raise RequestError(f"{path} is not a linear classifier: it holds {held} instead of linear.weight and .bias.")
+    return state
+
+
+def adapt(found: Checkpoint, module: nn.Module, pooling: str | None = None) -> dict[str, Tensor]:
+    """Bring a checkpoint's weights into the layout of `module`, as `FORMATS` says; other differences stay.
+
+    Parameters
+    ----------
+    found : Checkpoint
+        What was read.
+    module : nn.Module
+        What is to load them. A timm ViT's position embeddings are resized to its grid by timm.
+    pooling : {"cls"}, optional
+        Load the `fc_norm` of a fine-tuned MAE as `norm`, which the CLS token passes; as Chung et al. 2024 did.
+    """
+    if pooling not in (None, "cls") or (pooling and found.format != "mae_finetuned"):
+        raise RequestError(f"pooling={pooling}: only pooling=cls is known, for a fine-tuned MAE, which has fc_norm.")
+    if found.format == "mae_finetuned" and not pooling and "norm.weight" in module.state_dict():
+        line = f"{found.path} averages the patch tokens, the model reads the CLS token"
+        raise RequestError(f"{line}: build it with global_pool=avg, or choose pooling=cls as Chung et al. 2024 did.")
+    state = {_DENSELAYER.sub(r"\1\2", key): value for key, value in found.state.items()}
+    if found.format == "mae":
+        state = {key: value for key, value in state.items() if not key.startswith(("decoder_", "mask_token"))}
+    if found.format == "mae_finetuned" and pooling == "cls":
+        state = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in state.items()}
+    return _filtered(state, module) if isinstance(module, VisionTransformer) else state
+
+
+def _filtered(state: dict[str, Tensor], module: VisionTransformer) -> dict[str, Tensor]:
+    """Let timm convert DINOv2's layout and resize positions, but not patches, which it would do silently."""
+    own, patches = module.patch_embed.proj.weight, state.get("patch_embed.proj.weight")
+    if patches is None or patches.shape != own.shape or not _resizable(state, module):
+        return state
+    return checkpoint_filter_fn(state, module)
+
+
+def _resizable(state: Mapping[str, Tensor], module: VisionTransformer) -> bool:
+    positions, own = state.get("pos_embed"), module.pos_embed
+    if any("pre_logits" in key for key in state):  # timm would drop a layer that the classifier was trained behind
+        return False
+    return positions is not None and own is not None and positions.shape[-1] == own.shape[-1]
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str) -> None:
+    """Load `state`, or say in one line how it differs from the module's own.
+
+    Raises
+    ------
+    RequestError
+        Naming the first key that is missing, unexpected or of another shape, and how many of each there are.
+    """
+    own = module.state_dict()
+    missing = [f"{key} is missing" for key in own if key not in state]
+    unexpected = [f"{key} is unexpected" for key in state if key not in own]
+    misshaped = [
+        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    differences = missing + unexpected + misshaped
+    if differences:
+        counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(misshaped)} of another shape"
+        raise RequestError(f"{path} is not a checkpoint of {architecture}: {differences[0]} ({counts}).")
+    module.load_state_dict(dict(state))
