@@ -1,0 +1,1 @@
+"""Fixtures of more file data sets; see `layouts`."""
