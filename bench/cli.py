@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from explainer_bench import Component, RequestError, __version__, parse_spec, split_specs
+from explainer_bench import Component, RequestError, RequestWarning, __version__, parse_spec, split_specs
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
@@ -61,7 +62,8 @@ class Precision(StrEnum):
 def main() -> None:
     """Run the command line: exit code 0 = done, 1 = some cells failed, 2 = the request was wrong."""
     try:
-        app()
+        with _warnings_in_one_line():
+            app()
     except (RequestError, OSError) as error:
         err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -69,6 +71,25 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             err.print("interrupted; finished cells are kept, and the same command goes on from here.")
         raise
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print a `RequestWarning` as the user's own matter, each once, and every other warning as Python does."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
+            if not issubclass(category, RequestWarning):
+                usual(message, category, *place, **rest)
+            elif str(message) not in told:
+                told.add(str(message))
+                err.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+
+        warnings.simplefilter("always", RequestWarning)
+        warnings.showwarning = show
+        yield
 
 
 @app.callback(invoke_without_command=True)
@@ -351,9 +372,7 @@ def _catalogue(kind: Kind) -> list[dict[str, Any]]:
     if kind is Kind.suites:
         return [{"name": s.name, "description": s.description} for s in map(suite.load, suite.names())]
     if kind is Kind.models:
-        rows = [{"name": name, "what": "shipped with the package"} for name in models.shipped()]
-        rows += [{"name": "FILE.safetensors", "what": "a checkpoint of `explainer-bench train`"}]
-        return [*rows, {"name": "NAME[weights=FILE]", "what": "any timm image classifier, with local weights"}]
+        return models.catalogue()
     registries = {"explainers": adapters, "metrics": metrics, "datasets": datasets, "recipes": recipes}
     facts = {
         "explainers": (
@@ -412,6 +431,60 @@ def train(
     out.print_json(json.dumps(report, default=str))
 
 
+@app.command()
+def reproduce(
+    study: Annotated[str, typer.Argument(help="chung2024, komorowski2023, brocki2024 or goncalves2022.")],
+    data_root: Annotated[Path | None, typer.Option(help="Folder that holds the study's data sets.")] = None,
+    weights_root: Annotated[Path | None, typer.Option(help="Folder that holds its trained models.")] = None,
+    masks_only: Annotated[bool, typer.Option(help="chung2024: trivial maps on the annotations alone.")] = False,
+    samples: Annotated[int | None, typer.Option(min=1, help="Images per part, instead of the study's.")] = None,
+    device: Device = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="As for `run`.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be done, and what is missing.")] = False,
+    output: Annotated[Path | None, typer.Option("--out", help="Folder; runs/STUDY by default.")] = None,
+) -> None:
+    """Run a source study's whole protocol and put its published table beside ours."""
+    from bench import reproduction, studies
+
+    chosen = studies.get(study, **({"masks_only": True} if masks_only else {}))
+    folder = output or Path("runs") / chosen.name
+    with _bars("steps") as progress:
+        result = reproduction.reproduce(
+            chosen,
+            folder,
+            data_root=data_root,
+            weights_root=weights_root,
+            samples=samples,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if dry_run:
+        _print_table(result.plan, f"{chosen.name}: {len(result.plan)} parts")
+    for section in result.sections:
+        if section.table is not None and len(section.table) <= _MOST_ROWS:
+            _print_table(section.table.map(_rounded), section.title)
+    for line in result.missing:
+        err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
+    if not dry_run:
+        out.print(f"Tables: {folder} (page: {folder / 'index.html'})", soft_wrap=True)
+        _fail(result.failures + [f"{n} of {len(result.plan)} parts lack data or weights" for n in [_lacking(result)] if n])
+
+
+_MOST_ROWS = 60  # longer tables are in the files
+
+
+def _rounded(value: Any) -> Any:
+    return f"{value:.3f}" if isinstance(value, float) else value
+
+
+def _lacking(result: Any) -> int:
+    return int(result.plan["state"].ne("ready").sum()) if len(result.plan) else 0
+
+
 @data_app.command()
 def check(name: Annotated[str, typer.Argument(help="See `list datasets`.")], data_root: DataRoot = None) -> None:
     """Read every sample of a data set, count, and name every file that cannot be used."""
@@ -436,3 +509,12 @@ def describe(name: Annotated[str, typer.Argument(help="See `list datasets`.")]) 
     out.print(inspect.getdoc(cls), markup=False, highlight=False)
     for fact in ("class_names", "licence", "where", "tree", "reference"):
         out.print(f"{fact}: {getattr(cls, fact)}", markup=False, highlight=False, soft_wrap=True)
+    if model := getattr(cls, "shipped_model", ""):
+        _print_interventions(cls(), model)
+
+
+def _print_interventions(dataset: Any, name: str) -> None:
+    from bench import interventions, models
+
+    table = interventions.table(dataset, models.get(name, dataset.class_names))
+    _print_table(table.round(3), f"What {name} uses: its accuracy on the same images, changed in one respect")

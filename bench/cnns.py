@@ -164,11 +164,11 @@ def gates(own: Iterable[str], state: Iterable[str]) -> list[str]:
 
 _WHAT = {
     "densenet121_goncalves": "DenseNet-121 without global pooling",
-    "se_densenet121_goncalves": "the same, squeeze and excitation after each dense block",
-    "cbam_densenet121_goncalves": "the same, CBAM after each dense block",
-    "resnet50_goncalves": "torchvision's ResNet-50",
-    "se_resnet50_goncalves": "the same, squeeze and excitation in each bottleneck",
-    "cbam_resnet50_goncalves": "the same, CBAM in each bottleneck",
+    "se_densenet121_goncalves": "DenseNet-121 without global pooling, SE after each dense block",
+    "cbam_densenet121_goncalves": "DenseNet-121 without global pooling, CBAM after each dense block",
+    "resnet50_goncalves": "ResNet-50, torchvision's",
+    "se_resnet50_goncalves": "ResNet-50 with SE in each bottleneck",
+    "cbam_resnet50_goncalves": "ResNet-50 with CBAM in each bottleneck",
 }
 
 
