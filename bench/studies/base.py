@@ -1,0 +1,189 @@
+"""The contract of a source study: which parts it has, what each needs, and what its tables are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import pandas as pd
+
+from bench import datasets
+from bench.datasets.files import FileDataset
+from bench.models import SUFFIXES
+from bench.suite import Suite
+from explainer_bench import Component, RequestError
+from leaderboards import beside
+
+PUBLISHED = Path(__file__).parent / "published"
+TRIVIAL = ("random", "random_token", "center_gaussian", "center_square", "sobel", "intensity", "constant", "roi_prior")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained model that a part needs.
+
+    Parameters
+    ----------
+    stem : str
+        Name of its file under the weights' root, without the ending.
+    how : str
+        How to get it: a command, or where its authors offer it.
+    architecture : str
+        What it is, where the file does not say so itself.
+    preprocessing : str
+        A named variant; as the file says, or the architecture's own, where empty.
+    """
+
+    stem: str
+    how: str
+    architecture: str
+    preprocessing: str = ""
+
+    def find(self, root: Path | None) -> Path | None:
+        """Return the file, wherever it lies under `root`; None where there is none."""
+        found = [path for ending in SUFFIXES for path in sorted((root or Path()).rglob(f"{self.stem}{ending}"))]
+        return found[0] if root and found else None
+
+    def spec(self, path: Path) -> str:
+        """Return how `run` calls the model."""
+        if path.suffix == ".safetensors":  # written by our training: it says what it is
+            return str(path)
+        variant = f",preprocessing={self.preprocessing}" if self.preprocessing else ""
+        return f"{self.architecture}[weights={path}{variant}]"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model on one data set.
+
+    Parameters
+    ----------
+    names : mapping
+        What the published table calls it: ``{"dataset": "Kvasir", "model": "DINO"}``.
+    dataset : str
+        Its spec.
+    weights : Weights
+        The model.
+    explainers, metrics : sequence of str
+        Their specs.
+    samples : int
+        Images.
+    target : "predicted", "label" or int
+        The class explained.
+    """
+
+    names: Mapping[str, str]
+    dataset: str
+    weights: Weights
+    explainers: Sequence[str]
+    metrics: Sequence[str]
+    samples: int
+    target: Literal["predicted", "label"] | int = "predicted"
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return "-".join(self.names.values()).replace(" ", "_").lower()
+
+    def missing(self, data_root: Path | None, weights_root: Path | None) -> list[str]:
+        """Return what it lacks, one line each: where it was looked for, and how to get it."""
+        lines = []
+        try:
+            _open(self.dataset, data_root)
+        except RequestError as error:
+            lines.append(str(error))
+        if not self.weights.find(weights_root):
+            where = f"under {weights_root}" if weights_root else "(give --weights-root)"
+            lines.append(f"no {self.weights.stem}.safetensors or .pth {where}: {self.weights.how}.")
+        return lines
+
+    def suite(self, weights_root: Path | None, samples: int | None, seed: int) -> Suite:
+        """Return what to run; only for a part that lacks nothing."""
+        path = self.weights.find(weights_root)
+        assert path is not None
+        return Suite(
+            name=self.name,
+            datasets=[self.dataset],
+            models=[self.weights.spec(path)],
+            explainers=list(self.explainers),
+            metrics=list(self.metrics),
+            samples=samples or self.samples,
+            target=self.target,
+            seed=seed,
+        )
+
+
+def _open(spec: str, root: Path | None) -> None:
+    """Look for a data set; raises `RequestError` where it is not there."""
+    cls = datasets.registry.find(spec.partition("[")[0])
+    dataset = datasets.get(spec, **({} if cls.where == "embedded" else {"root": root}))
+    if isinstance(dataset, FileDataset):
+        _ = dataset.found
+
+
+class Done(NamedTuple):
+    """A part that was run: its folder, every score (`bench.report.scores`), and the long board."""
+
+    part: Part
+    folder: Path
+    scores: pd.DataFrame
+    long: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a study's page shows under one heading; a table is written to a CSV file of the section's name, too.
+
+    Parameters
+    ----------
+    name : str
+        Name of the file.
+    title, text : str
+        Heading, and what to know in order to read it.
+    table : DataFrame, optional
+        Numbers as numbers.
+    figures : mapping
+        PNG files by caption.
+    """
+
+    name: str
+    title: str
+    text: str = ""
+    table: pd.DataFrame | None = None
+    figures: Mapping[str, Path] = field(default_factory=dict)
+
+
+class Study(Component):
+    """Base of all studies."""
+
+    title: ClassVar[str] = ""
+    remarks: ClassVar[str] = ""  # what to know of the published numbers
+
+    def parts(self, data_root: Path | None) -> list[Part]:
+        """Return every part of the protocol; what is there of the data may decide parameters, never which parts."""
+        raise NotImplementedError
+
+    @property
+    def published(self) -> pd.DataFrame:
+        """The published table: ``dataset, model, metric, explainer, value, n, mark``, under our explainers' names."""
+        return pd.read_csv(PUBLISHED / f"{self.name}.csv")
+
+    def before(self, data_root: Path | None, out: Path) -> Iterator[Section]:
+        """Yield what can be said without a model."""
+        yield from ()
+
+    def sections(self, done: Sequence[Done], out: Path) -> Iterator[Section]:
+        """Yield the tables and figures of the parts that were run; the published table beside ours comes first."""
+        yield Section("beside", "Published and ours", self.remarks, self.beside(done))
+
+    def beside(self, done: Sequence[Done]) -> pd.DataFrame:
+        """Return the published table beside ours, see `leaderboards.beside.beside`."""
+        long, each = (pd.concat(tables, ignore_index=True) for tables in zip(*map(_named, done), strict=True))
+        return beside.beside(self.published, long, each, TRIVIAL)
+
+
+def _named(done: Done) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Long board and scores of a part, under the published names."""
+    return done.long.assign(**done.part.names), done.scores.assign(**done.part.names)

@@ -1,0 +1,248 @@
+"""Chung et al. 2024: do attention maps, Grad-CAM and Chefer's method point at what physicians annotated?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+import adapters
+import metrics
+from bench.datasets import chung2024 as annotated
+from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights
+from explainer_bench import RequestError
+from leaderboards import beside, statistics
+from metrics import Samples
+
+DATASETS = {"CP-Child": "cp_child", "DUKE": "duke", "Kvasir": "kvasir", "MURA": "mura"}
+MODELS = {"Random": "random", "Supervised": "supervised", "DINO": "dino", "MAE": "mae"}
+SIDE, PATCH = 224, 16
+TOP = {5: "rect_iou_top5", 10: "rect_iou_top10", 20: "rect_iou_top5[percent=20]", 40: "rect_iou_top5[percent=40]"}
+POINTING = "pointing_game"
+DRAWS = 60  # of random token maps
+
+# What the authors asked for in their outlook: scores by token, by the size of the ROI, and corrected for chance.
+OUTLOOK = (
+    *("pointing_game[ties=expected]", "iou_top5", "iou_top5[unit=token]", "relevance_rank_accuracy[unit=token]"),
+    *("average_precision", "average_precision[corrected=true]"),
+    *(f"pointing_game[roi_size={size}]" for size in ("small", "medium", "large")),
+)
+
+
+class Chung2024(Study):
+    """Three explainers x four initialisations of ViT-B/16 x four data sets, 50 annotated images each, class 1.
+
+    Scored by the pointing game and by the IoU of the annotation with the rectangle around the top 5, 10, 20 and 40 %
+    of the pixels; beside the published table stand the trivial rows, scores by token and strata by ROI size.
+
+    Parameters
+    ----------
+    masks_only : bool
+        Score the trivial rows on the annotations alone: no images, no models.
+    """
+
+    name = "chung2024"
+    title = "Chung et al. 2024: evaluating visual explanations of attention maps for Transformer-based medical imaging"
+    reference = "Chung, Won, Kim, Kim & Ozbulak, iMIMIC at MICCAI 2024 (arXiv:2503.09535)"
+    remarks: ClassVar[str] = (
+        "Published values: the table of the authors' slides. It does not say which top share its IoU is of: any "
+        "rectangle around the top 20 or 40 % is too large for two of its values, so it is 5 or 10 %, and both stand "
+        "here. The published shares count images without an annotation as misses; ours leave them out (see n)."
+    )
+
+    masks_only: bool = False
+
+    def parts(self, data_root: Path | None) -> list[Part]:
+        """Return the 16 models."""
+        if self.masks_only:
+            return []
+        return [self._part(dataset, model, data_root) for dataset in DATASETS for model in MODELS]
+
+    def _part(self, dataset: str, model: str, data_root: Path | None) -> Part:
+        recipe = f"chung2024_{DATASETS[dataset]}_{MODELS[model]}"
+        variant = "chung2024_resize" if dataset in ("CP-Child", "DUKE") else "chung2024_crop"
+        how = f"explainer-bench train {recipe}, or the authors' checkpoint (github.com/ugent-korea/attention_maps)"
+        folder = _annotations(data_root)
+        return Part(
+            names={"dataset": dataset, "model": model},
+            dataset=f"{DATASETS[dataset]}[annotations={folder}]",
+            weights=Weights(recipe, how, "vit_base_patch16_224", variant),
+            explainers=["gradcam_eigen_aug", "raw_attention", "transformer_attribution", "gradcam", *TRIVIAL],
+            metrics=[POINTING, *TOP.values(), *OUTLOOK],
+            samples=50,
+            target=1,
+        )
+
+    def before(self, data_root: Path | None, out: Path) -> Iterator[Section]:
+        """Yield what trivial maps score on the annotations."""
+        folder = _annotations(data_root)
+        if not (folder.is_dir() and any((folder / name).is_dir() for name in annotated.FOLDERS.values())):
+            if self.masks_only:
+                raise RequestError(f"chung2024: no annotations at {folder}. {annotated.HELP}")
+            return
+        table = pd.concat([_of_masks(name, folder) for name in DATASETS], ignore_index=True)
+        table = table.merge(self._best(), on=["dataset", "score"], how="left")
+        pairs = table[["value", "n", "published_best", "n_published"]].itertuples(index=False)
+        binary = table["score"].eq("pointing game")
+        table["fisher_p"] = [_fisher(*row) if share else np.nan for row, share in zip(pairs, binary, strict=True)]
+        yield Section("masks", "Trivial maps on the annotations, beside the best published score", _WIDE, _wide(table))
+        yield Section("masks_intervals", "The same, with intervals", _LONG, table)
+
+    def _best(self) -> pd.DataFrame:
+        """The best published value of any model and explainer, per data set and score."""
+        table = self.published[self.published["metric"].isin([POINTING, TOP[5]])]
+        best = table.loc[table.groupby(["dataset", "metric"])["value"].idxmax()]
+        kind = best["metric"].map({POINTING: "pointing game", TOP[5]: "IoU"})
+        by = best["model"] + ", " + best["explainer"]
+        columns = {"dataset": best["dataset"], "score": kind, "published_best": best["value"], "published_by": by}
+        return pd.DataFrame(columns).assign(n_published=50)
+
+    def sections(self, done: Sequence[Done], out: Path) -> Iterator[Section]:
+        """Yield the published table beside ours, then what the authors asked for."""
+        table = self.beside(done)
+        outlook = table["metric"].isin(OUTLOOK)
+        yield Section("beside", "Published and ours", self.remarks, table[~outlook])
+        text = (
+            "Scores by token, strata by the size of the ROI, masks instead of rectangles where the data set has them."
+        )
+        yield Section("outlook", "What the authors asked for", text, table[outlook].dropna(axis=1, how="all"))
+
+
+_WIDE = (
+    "Shares of the 50 annotations of each data set; an empty annotation counts as a miss, as published. Where several "
+    "pixels tie at the maximum, any of them in the annotation is a hit; the prior points at its first maximal pixel, "
+    "row by row. Random rows are expectations."
+)
+_LONG = (
+    "Intervals of the pointing game are Wilson's, the others bootstrapped over images. fisher_p tests, unpaired, "
+    "whether the trivial row and the best published method, from 50 images each, differ at all. draws_sd is the "
+    "standard deviation of the mean over single draws of a random map."
+)
+
+
+def _annotations(data_root: Path | None) -> Path:
+    """The folder of the annotations below the data's root, under its name in the authors' repository or ours."""
+    root = data_root or Path()
+    candidates = [root / name for name in annotated.NAMES]
+    return next((path for path in candidates if path.is_dir()), root if _is_annotations(root) else candidates[0])
+
+
+def _is_annotations(folder: Path) -> bool:
+    return all((folder / name).is_dir() for name in annotated.FOLDERS.values())
+
+
+def _fisher(value: float, n: float, published: float, n_published: float) -> float:
+    """Fisher's exact test that two shares of `n` and `n_published` images are equal."""
+    hits = round(value * n), round(published * n_published)
+    return float(stats.fisher_exact([[hits[0], n - hits[0]], [hits[1], n_published - hits[1]]]).pvalue)
+
+
+def _wide(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per score and map, a column per data set, the best published value last of each score."""
+    wide = table.pivot(index=["score", "map"], columns="dataset", values="value")
+    wide = wide.reindex(pd.MultiIndex.from_frame(table[["score", "map"]].drop_duplicates())).reset_index()
+    best = table.drop_duplicates(["dataset", "score"]).pivot(index="score", columns="dataset", values="published_best")
+    best = best.dropna().reset_index().assign(map="best published")
+    both = pd.concat([wide, best], ignore_index=True)
+    order = both["score"].map(list(wide["score"].unique()).index)
+    return both.loc[order.sort_values(kind="stable").index, ["score", "map", *DATASETS]].reset_index(drop=True)
+
+
+def _of_masks(dataset: str, folder: Path) -> pd.DataFrame:
+    """Return one row per score and trivial map: ``dataset, score, map, value, low, high, n, n_empty, draws_sd``."""
+    masks = np.stack([mask for _, mask in annotated.masks(folder, DATASETS[dataset])])
+    rows = [*_area(masks), *_pointing(masks), *_overlap(masks)]
+    table = pd.DataFrame(rows, columns=["score", "map", "value", "low", "high", "draws_sd"])
+    return table.assign(dataset=dataset, n=len(masks), n_empty=int((~masks.any((1, 2))).sum()))
+
+
+Row = tuple[str, str, float, float, float, float]
+
+
+def _row(score: str, name: str, values: np.ndarray, sd: float = np.nan) -> Row:
+    """One row from the per-image values: Wilson's interval for hits, else the bootstrap's."""
+    if np.isin(values, [0, 1]).all():
+        low, high = beside.wilson(float(values.mean()), len(values))
+    else:
+        rng = np.random.default_rng(0)
+        means = statistics.bootstrap_means(values[:, None], np.arange(len(values)), beside.N_BOOT, rng)
+        low, high = (float(bound[0]) for bound in statistics.interval(means))
+    return score, name, float(values.mean()), low, high, sd
+
+
+def _area(masks: np.ndarray) -> Iterator[Row]:
+    areas = masks.mean((1, 2))
+    yield _row("ROI area", "mean", areas)
+    yield "ROI area", "median", float(np.median(areas)), np.nan, np.nan, np.nan
+
+
+def _pointing(masks: np.ndarray) -> Iterator[Row]:
+    touched = np.asarray(_tokens(masks).any((2, 4)))
+    prior = _prior(masks)
+    pixel = prior.reshape(len(masks), -1).argmax(1)
+    best = touched.mean(0).argmax()
+    centre = _maps("center_gaussian", masks)
+    by_token = _tokens(centre).mean((2, 4)).repeat(PATCH, 1).repeat(PATCH, 2)
+    yield _row("pointing game", "random pixel", masks.mean((1, 2)))
+    yield _row("pointing game", "random token", touched.mean((1, 2)))
+    yield _row("pointing game", "image centre", _score(POINTING, masks, centre))
+    yield _row("pointing game", "centred Gaussian by token", _score(POINTING, masks, by_token))
+    yield _row("pointing game", "best constant token (oracle)", touched.reshape(len(masks), -1)[:, best].astype(float))
+    hits = masks.reshape(len(masks), -1)[np.arange(len(masks)), pixel].astype(float)
+    yield _row("pointing game", "leave-one-out ROI prior", hits)
+
+
+def _overlap(masks: np.ndarray) -> Iterator[Row]:
+    yield _row("IoU", "whole image", masks.mean((1, 2)))
+    for percent in (5, 10):
+        draws = np.stack([_score(TOP[percent], masks, _maps("random_token", masks, seed)) for seed in range(DRAWS)])
+        yield _row("IoU", f"random tokens, top {percent} %", draws.mean(0), float(draws.mean(1).std(ddof=1)))
+    for percent, metric in TOP.items():
+        yield _row("IoU", f"centred Gaussian, top {percent} %", _score(metric, masks, _maps("center_gaussian", masks)))
+    for percent in (5, 10):
+        values = _score(TOP[percent], masks, _prior(masks))
+        yield _row("IoU", f"leave-one-out ROI prior, top {percent} %", values)
+    yield _row("IoU", "centred square of 60 % of the image", _score(TOP[5], masks, _maps("center_square", masks)))
+
+
+def _tokens(arrays: np.ndarray) -> np.ndarray:
+    """Split (N, H, W) into tokens: (N, h, PATCH, w, PATCH)."""
+    grid = SIDE // PATCH
+    return arrays.reshape(len(arrays), grid, PATCH, grid, PATCH)
+
+
+def _prior(masks: np.ndarray) -> np.ndarray:
+    """Return (N, H, W): the mean of the other masks."""
+    return (masks.sum(0) - masks) / (len(masks) - 1)
+
+
+def _images(masks: np.ndarray) -> torch.Tensor:
+    """Stand-ins for the images: random rows are seeded by an image's content."""
+    return torch.from_numpy(masks[:, None].repeat(3, 1).astype(np.float32))
+
+
+def _maps(explainer: str, masks: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return (N, H, W) of a trivial row, which asks no model."""
+    explained = adapters.get(explainer)(torch.nn.Identity(), _images(masks), np.ones(len(masks), int), seed=seed)
+    return explained[:, 0].astype(float)
+
+
+def _score(metric: str, masks: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Return (N,): the scores, 0 where the annotation is empty."""
+    n = len(masks)
+    samples = Samples(
+        model=torch.nn.Identity(),
+        inputs=_images(masks),
+        targets=np.ones(n, int),
+        maps=maps,
+        roi=masks,
+        logits=np.zeros((n, 2)),
+        seeds=np.arange(n, dtype=np.uint32),
+        patch=(PATCH, PATCH),
+    )
+    return np.nan_to_num(metrics.get(metric)(samples).values)
