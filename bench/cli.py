@@ -347,6 +347,7 @@ def list_(kind: Kind, as_json: Annotated[bool, typer.Option("--json", help="Prin
 
 # They are many, and have more facts than fit the width of a screen; `--json` and the documentation have all.
 _BRIEF = {
+    Kind.recipes: {"name": "name", "dataset": "data set", "architecture": "architecture", "description": "what"},
     Kind.metrics: {"name": "name", "group": "group", "higher_is_better": "higher is better", "what": "what"},
     Kind.explainers: {
         "name": "name",
@@ -373,7 +374,9 @@ def _catalogue(kind: Kind) -> list[dict[str, Any]]:
         return [{"name": s.name, "description": s.description} for s in map(suite.load, suite.names())]
     if kind is Kind.models:
         return models.catalogue()
-    registries = {"explainers": adapters, "metrics": metrics, "datasets": datasets, "recipes": recipes}
+    if kind is Kind.recipes:
+        return [recipes.get(name).model_dump(mode="json") for name in recipes.names()]
+    registries = {"explainers": adapters, "metrics": metrics, "datasets": datasets}
     facts = {
         "explainers": (
             "family",
@@ -387,7 +390,6 @@ def _catalogue(kind: Kind) -> list[dict[str, Any]]:
         ),
         "metrics": ("group", "higher_is_better", "bounds", "sign_policy"),
         "datasets": ("licence", "where"),
-        "recipes": (),
     }
     classes = registries[kind].registry.classes.values()  # type: ignore[attr-defined]
     rows = [_facts(cls, facts[kind]) for cls in classes]
@@ -403,19 +405,20 @@ def _facts(cls: type[Component], names: tuple[str, ...]) -> dict[str, Any]:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="See `list recipes`.")],
+    recipe: Annotated[str, typer.Argument(help="NAME or FILE.yaml, with [FIELD=VALUE,...]; see `list recipes`.")],
     data_root: DataRoot = None,
     weights: Annotated[Path | None, typer.Option(help="Local pre-trained weights to start from.")] = None,
     fraction: Annotated[float, typer.Option(help="Share of the training split to use, in (0, 1].")] = 1.0,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    fresh: Annotated[bool, typer.Option(help="Start anew, whatever an interrupted training left.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; no number changes.")] = 0,
     output: Annotated[Path | None, typer.Option("--out", help="Folder; checkpoints/RECIPE by default.")] = None,
 ) -> None:
-    """Train a recipe's model and measure it on the held-out split."""
+    """Train a recipe's model and measure it on the held-out split; after an interruption, go on."""
     from bench import api, training
 
-    folder = output or Path("checkpoints") / recipe.partition("[")[0]
-
+    folder = output or Path("checkpoints") / Path(recipe.partition("[")[0]).stem
     chosen = str(api.choose_device(device))
     with _bars("steps") as update:
         report = training.train(
@@ -426,9 +429,13 @@ def train(
             fraction,
             chosen,
             seed,
-            lambda done, total, what: update(what, done, total),
+            lambda done, total, note: update("train", done, total, note),
+            fresh,
+            workers,
         )
-    out.print_json(json.dumps(report, default=str))
+    shown = ("model", "checkpoint", "best_epoch", "val", "test", "seconds")
+    out.print_json(json.dumps({key: report[key] for key in shown}))
+    out.print(f"Card: {folder / report['model']}.md", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -471,14 +478,16 @@ def reproduce(
         err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
     if not dry_run:
         out.print(f"Tables: {folder} (page: {folder / 'index.html'})", soft_wrap=True)
-        _fail(result.failures + [f"{n} of {len(result.plan)} parts lack data or weights" for n in [_lacking(result)] if n])
+        _fail(
+            result.failures + [f"{n} of {len(result.plan)} parts lack data or weights" for n in [_lacking(result)] if n]
+        )
 
 
 _MOST_ROWS = 60  # longer tables are in the files
 
 
 def _rounded(value: Any) -> Any:
-    return f"{value:.3f}" if isinstance(value, float) else value
+    return f"{value:.3f}" if isinstance(value, float) and value == value else value
 
 
 def _lacking(result: Any) -> int:

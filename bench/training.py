@@ -1,30 +1,43 @@
-"""Training: one seeded loop for every recipe, a checkpoint and a report, written complete or not at all."""
+"""Training: one seeded, resumable loop for every recipe; a checkpoint, a report and a card, each written whole.
+
+Whatever is random follows from the seed and, for the order and for dropout, the epoch, and for the variation of an
+image also its id. So nothing depends on how images are read, and an epoch can be begun again.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import models
-from bench.datasets.base import Dataset, Sample
+from bench import augmentation, datasets, models, performance, recipes, training_report
+from bench.datasets.base import Dataset, Item, Sample
 from bench.models import Model
-from bench.recipes import Arrays, Recipe, registry
+from bench.performance import Performance
+from bench.recipes import Recipe
 from explainer_bench import RequestError, __version__, write_atomically
 
 Progress = Callable[[int, int, str], None]
+IN_MEMORY = 4 * 2**30  # bytes of a split's images, beyond which they are read batch by batch
+_SPLITS = ("train", "val", "test")
+_WORDS = {"name", "description", "source", "notes", "published_epoch"}  # of a recipe, that change no number
 
 
 class Fit(NamedTuple):
-    """What the loop found: the best epoch (from 1) and each epoch's losses and seconds."""
+    """What the loop found: the best epoch (from 1), and of each epoch the losses, the last rate and the seconds."""
 
     best_epoch: int
     history: list[dict[str, float]]
@@ -39,83 +52,123 @@ def train(
     device: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    fresh: bool = False,
+    workers: int = 0,
 ) -> dict[str, Any]:
-    """Train a recipe's model, measure it on the test split, write checkpoint and report.
+    """Train a recipe's model, measure it on the val and test splits, write checkpoint, report, curve and card.
+
+    After every epoch the training's state is written beside the checkpoint. The same call goes on from there, and
+    ends with the same weights, bit by bit, as one that was never interrupted.
 
     Parameters
     ----------
     recipe : str or Recipe
-        A name, ``name[param=value,...]``, or a recipe.
+        A name, ``name[field=value,...]``, a YAML file, or a recipe.
     out : Path
-        Folder of ``NAME.safetensors`` and ``NAME.report.json``.
+        Folder of ``NAME.safetensors``, ``NAME.report.json``, ``NAME.curve.csv``, ``NAME.curve.png`` and ``NAME.md``.
     data_root : Path, optional
         Where the data are, for recipes that need some.
     weights : Path, optional
         Local pre-trained weights, for recipes that start from some.
     fraction : float
-        Share of the training split to use, class by class, in (0, 1].
+        Share of the training split to use, class by class, in (0, 1]. A smaller share is part of a larger one.
     device : str
         Where to train.
     seed : int
-        Of the new weights, the order and the augmentation: the same seed gives the same numbers on one machine.
+        Of the new weights, the share, the order and the augmentation: the same seed gives the same numbers on one
+        machine.
     progress : callable, optional
         ``progress(steps done, steps in all, what is going on)``.
+    fresh : bool
+        Start anew instead of going on from a state that an interrupted training left.
+    workers : int
+        Processes that read images; no number depends on it.
 
     Returns
     -------
     dict
-        The report: recipe and parameters, data, losses per epoch, figures on the val and test splits, seconds.
+        The report: recipe, data, losses per epoch, figures on the val and test splits with 95 % intervals, seconds.
 
     Raises
     ------
     RequestError
-        For an unknown recipe or parameter, a wrong fraction, or unusable data or weights.
+        For an unknown recipe or field, a wrong fraction, unusable data or weights, a state of another training, or
+        a loss that is not finite.
     """
     if not 0 < fraction <= 1:
         raise RequestError(f"fraction {fraction} is not a share of the training data: give one in (0, 1].")
-    recipe = registry.get(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipes.get(recipe) if isinstance(recipe, str) else recipe
     begun = time.perf_counter()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        model = recipe.model(weights)
-        data = {split: recipe.dataset(split, data_root) for split in ("train", "val", "test")}
-        chosen = {split: subset(part.samples, fraction if split == "train" else 1) for split, part in data.items()}
-        arrays = {split: read(recipe, data[split], chosen[split], model) for split in data}
-        fitted = fit(recipe, model, arrays["train"], arrays["val"], device, seed, progress or (lambda *_: None))
-    if recipe.half:
-        model.module.half().float()  # what is measured below is what the checkpoint will hold
+    with _seeded(seed):
+        model = create(recipe, weights)
     model.name += "" if fraction == 1 else f"_{fraction:g}"
-    report = {
-        "model": model.name,
+    data = {split: dataset(recipe, split, data_root) for split in _SPLITS}
+    chosen = {split: subset(part.samples, fraction if split == "train" else 1, seed) for split, part in data.items()}
+    request = {
         "recipe": recipe.name,
-        "params": recipe.params,
+        "params": recipe.model_dump(mode="json", exclude=_WORDS),
         "fraction": fraction,
         "seed": seed,
         "device": device,
-        "data": {s: {"images": len(chosen[s]), "fingerprint": data[s].fingerprint} for s in data},
-        "best_epoch": fitted.best_epoch,
-        "history": fitted.history,
-        "val": evaluate(recipe, model, arrays["val"], device),
-        "test": evaluate(recipe, model, arrays["test"], device),
+        "data": {s: _count(data[s], chosen[s]) for s in data},
+        "initial_fingerprint": replace(model).fingerprint,
         "torch": torch.__version__,
         "explainer_bench": __version__,
     }
-    return {**_write(out, recipe, model, report), "seconds": round(time.perf_counter() - begun, 1)}
+    state = State(Path(out) / f"{model.name}.state.pt", request)
+    if fresh:
+        state.remove()
+    begin = state.load()
+    parts = {split: read(recipe, data[split], chosen[split], model, workers) for split in data}
+    fitted = fit(recipe, model, parts["train"], parts["val"], device, seed, progress, begin, state.save)
+    if recipe.half:
+        model.module.half().float()  # what is measured below is what the checkpoint will hold
+    measured = {split: measure(recipe, model, parts[split], device) for split in ("val", "test")}
+    report = {"model": model.name, **request, **fitted._asdict(), **_figures(measured, parts)}
+    report = _write(Path(out), recipe, model, report)
+    state.remove()
+    return {**report, "seconds": round(time.perf_counter() - begun, 1)}
 
 
-def _write(out: Path, recipe: Recipe, model: Model, report: dict[str, Any]) -> dict[str, Any]:
-    """Write the checkpoint, then the report with the fingerprint of what the checkpoint holds."""
-    checkpoint = Path(out) / f"{model.name}.safetensors"
-    models.save(checkpoint, model, half=recipe.half, training=report)
-    report = {**report, "model_fingerprint": models.get(checkpoint).fingerprint, "checkpoint": checkpoint.name}
-    content = json.dumps(report, indent=1, sort_keys=True).encode()
-    write_atomically(checkpoint.with_name(f"{model.name}.report.json"), content)
-    return {**report, "checkpoint": str(checkpoint)}
+def create(recipe: Recipe, weights: Path | None) -> Model:
+    """Return the model to train; its new weights depend on PyTorch's current random state only."""
+    if recipe.starts_from and weights is None:
+        raise RequestError(f"recipe {recipe.name} needs --weights FILE: {recipe.starts_from}.")
+    if weights is not None and not recipe.starts_from:
+        raise RequestError(f"recipe {recipe.name} trains from scratch: leave --weights out.")
+    names = _outputs(datasets.get(recipe.dataset), recipe)
+    kwargs = dict(recipe.kwargs) | ({"preprocessing": recipe.preprocessing} if recipe.preprocessing else {})
+    model = models.create(recipe.architecture, recipe.checkpoint_name, names, **kwargs)
+    if weights is not None:
+        models.load_backbone(model, Path(weights))
+    return model
 
 
-def subset(samples: list[Sample], fraction: float) -> list[Sample]:
-    """Choose a share of every class, at least one sample each, by the hash of the ids."""
-    order = sorted(samples, key=lambda sample: hashlib.sha256(sample.id.encode()).digest())
+def dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
+    """Return one split of a recipe's data set."""
+    size = {"train": recipe.size, "val": recipe.val_size, "test": recipe.test_size}[split]
+    return datasets.get(recipe.dataset, split=split, root=root, **({} if size is None else {"size": size}))
+
+
+def _outputs(data: Dataset, recipe: Recipe) -> tuple[str, ...]:
+    """Names of what the model gives: the classes, or in a regression the values."""
+    if recipe.loss != "huber":
+        return data.class_names
+    if not (names := getattr(data, "value_names", ())):
+        raise RequestError(f"data set {data.name} has no values to learn with the loss huber: take cross_entropy.")
+    return tuple(names)
+
+
+def _count(data: Dataset, chosen: list[Sample]) -> dict[str, Any]:
+    counts = [sum(sample.label == label for sample in chosen) for label in range(len(data.class_names))]
+    per_class = dict(zip(data.class_names, counts, strict=True))
+    groups = len({sample.group for sample in chosen})
+    return {"images": len(chosen), "groups": groups, "classes": per_class, "fingerprint": data.fingerprint}
+
+
+def subset(samples: list[Sample], fraction: float, seed: int = 0) -> list[Sample]:
+    """Choose a share of every class, at least one sample each, by the hash of the seed and the ids."""
+    order = sorted(samples, key=lambda sample: hashlib.sha256(f"{seed} {sample.id}".encode()).digest())
     chosen: list[Sample] = []
     for label in sorted({sample.label for sample in samples}):
         mine = [sample for sample in order if sample.label == label]
@@ -123,88 +176,389 @@ def subset(samples: list[Sample], fraction: float) -> list[Sample]:
     return sorted(chosen, key=lambda sample: sample.id)
 
 
-def read(recipe: Recipe, dataset: Dataset, samples: list[Sample], model: Model) -> Arrays:
-    """Read samples into memory, images as uint8 at the model's input size."""
-    images = np.empty((len(samples), *model.input_size, 3), np.uint8)
-    targets = []
-    for row, sample in enumerate(samples):
-        item = dataset.load(sample)
-        images[row] = model.resize(item.image)
-        targets.append(recipe.target(sample, item))
-    return Arrays(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(np.stack(targets)))
+class Split(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Samples as uint8 images (3, H, W) at the model's input size and what the recipe's loss wants to know of them.
+
+    They are read when asked for; after `keep`, from memory.
+
+    Parameters
+    ----------
+    recipe, dataset, samples, model
+        What reads them.
+    workers : int
+        Processes that read; 0 reads in this one.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, samples: list[Sample], model: Model, workers: int = 0) -> None:
+        self.recipe, self.samples, self.workers = recipe, samples, workers
+        self._dataset, self._resize = dataset, model.resize
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self.classes = len(dataset.class_names)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        sample = self.samples[row]
+        item = self._dataset.load(sample)
+        image = np.ascontiguousarray(self._resize(item.image).transpose(2, 0, 1))
+        return torch.from_numpy(image), torch.from_numpy(_target(self.recipe, self._dataset, sample, item))
+
+    def keep(self) -> None:
+        """Read everything into memory."""
+        rows = torch.arange(len(self)).split(64)
+        images, targets = zip(*self.batches(rows), strict=True)
+        self._kept = torch.cat(images), torch.cat(targets)
+
+    def batches(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (B, 3, H, W) uint8 and targets (B, ...) for each batch of rows."""
+        if self._kept:
+            images, targets = self._kept
+            yield from ((images[part], targets[part]) for part in rows)
+            return
+        # A generator of its own: the loader would draw from the global one, which dropout uses.
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=[part.tolist() for part in rows], num_workers=self.workers, generator=torch.Generator()
+        )
+        try:
+            yield from ((images, targets) for images, targets in loader)
+        except RequestError as error:  # from a worker it comes with that one's traceback
+            raise RequestError(
+                str(error).strip().splitlines()[-1].partition("RequestError: ")[2] or str(error)
+            ) from None
 
 
-def fit(recipe: Recipe, model: Model, train: Arrays, val: Arrays, device: str, seed: int, progress: Progress) -> Fit:
-    """Train `model` in place and leave it with the weights of the epoch of least validation loss, frozen."""
-    module = model.module.to(device).requires_grad_(True)
-    generator = np.random.default_rng(seed)
-    steps, done = recipe.epochs * math.ceil(len(train.images) / recipe.batch_size), 0
-    optimizer, scheduler = _optimizer(recipe, module, steps)
-    best: dict[str, Tensor] = {}
-    fitted = Fit(0, [])
-    for epoch in range(1, recipe.epochs + 1):
+def _target(recipe: Recipe, data: Dataset, sample: Sample, item: Item) -> np.ndarray:
+    """What the loss wants to know of one sample: its class, the presence of every class (K,), or its values (K,)."""
+    if recipe.loss == "cross_entropy":
+        return np.array(sample.label)
+    if recipe.loss == "bce":
+        return np.isin(np.arange(len(data.class_names)), [sample.label, *item.roi]).astype(np.float32)
+    return np.asarray(data.values(sample), dtype=np.float32)  # type: ignore[attr-defined]
+
+
+def read(recipe: Recipe, dataset: Dataset, samples: list[Sample], model: Model, workers: int = 0) -> Split:
+    """Return samples to train on or to measure, in memory where they fit."""
+    split = Split(recipe, dataset, samples, model, workers)
+    height, width = model.input_size
+    if len(samples) * height * width * 3 <= IN_MEMORY:
+        split.keep()
+    return split
+
+
+class State:
+    """How far a training is, on disk: written whole after every epoch, removed at the end.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    request : dict
+        Everything that the final weights follow from.
+    """
+
+    def __init__(self, path: Path, request: dict[str, Any]) -> None:
+        self.path, self.request = path, json.loads(json.dumps(request))
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was saved; None where there is nothing.
+
+        Raises
+        ------
+        RequestError
+            Where the file is of another request, or none of ours.
+        """
+        if not self.path.is_file():
+            return None
+        way_out = "give another --out, or --fresh to start anew"
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = json.loads(content["request"])
+        except Exception as error:  # the unpickler lets any kind through on rubbish
+            raise RequestError(f"{self.path} is no state of a training: {way_out}.") from error
+        if found != self.request:
+            what, had, has = _first_difference(found, self.request)
+            raise RequestError(f"{self.path} is of a training with {what} {had}, not {has}: {way_out}.")
+        return content
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Replace what was saved."""
+        buffer = io.BytesIO()
+        torch.save({**content, "request": json.dumps(self.request)}, buffer)
+        write_atomically(self.path, buffer.getvalue())
+
+    def remove(self) -> None:
+        """Forget what was saved."""
+        self.path.unlink(missing_ok=True)
+
+
+def _first_difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any]:
+    """Name the innermost entry in which two nested dicts differ, with both values."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return name, one, other
+    key = next(key for key in [*other, *one] if one.get(key) != other.get(key))
+    return _first_difference(one.get(key), other.get(key), str(key) if name in ("", "params") else f"{name} {key}")
+
+
+def _silent(*_: Any) -> None:
+    pass
+
+
+def fit(
+    recipe: Recipe,
+    model: Model,
+    train: Split,
+    val: Split,
+    device: str,
+    seed: int,
+    progress: Progress | None = None,
+    begin: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = _silent,
+) -> Fit:
+    """Train `model` in place and leave it with the weights of the epoch of least validation loss, frozen.
+
+    Parameters
+    ----------
+    recipe, model, train, val, device, seed, progress
+        As for `train`.
+    begin : dict, optional
+        What `save` was given last, to go on from there.
+    save : callable
+        Given everything that the rest of the training follows from, after every epoch.
+    """
+    with _deterministic(device):
+        learner = Learner(recipe, model, train, device, seed)
+        if begin:
+            learner.restore(begin)
+        while not learner.finished:
+            learner.advance(val, progress or _silent)
+            save(learner.state())
+        model.module.load_state_dict(learner.best)
+    model.module.eval().requires_grad_(False)
+    return Fit(learner.best_epoch, learner.history)
+
+
+class Learner:
+    """A model, its optimiser, and how far they are.
+
+    Parameters
+    ----------
+    recipe, model, train, device, seed
+        As for `fit`.
+    """
+
+    def __init__(self, recipe: Recipe, model: Model, train: Split, device: str, seed: int) -> None:
+        self.recipe, self.model, self.train, self.device, self.seed = recipe, model, train, device, seed
+        self.module = model.module.to(device).requires_grad_(False)
+        self.trained: nn.Module = self.module
+        if recipe.freeze_backbone:
+            self.trained = self.module.get_classifier()  # type: ignore[operator]
+        self.trained.requires_grad_(True)
+        _set_dropout(self.module, recipe)
+        self.optimizer = _optimizer(recipe, self.trained)
+        self.weight = _class_weights(train).to(device) if recipe.class_weights else None
+        self.steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
+        self.best: dict[str, Tensor] = {}
+        self.best_epoch = 0
+        self.history: list[dict[str, float]] = []
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest follows from."""
+        weights = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "best": self.best}
+        return {**weights, "best_epoch": self.best_epoch, "history": self.history}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a `state`."""
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best, self.best_epoch, self.history = state["best"], state["best_epoch"], state["history"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the epochs, or the patience, are used up."""
+        stalled = len(self.history) - self.best_epoch
+        patience = self.recipe.patience
+        return len(self.history) >= self.recipe.epochs or (patience is not None and stalled >= patience)
+
+    def advance(self, val: Split, progress: Progress) -> None:
+        """Train for one epoch, validate, and keep the weights if they are the best so far."""
         begun = time.perf_counter()
-        losses = []
-        module.train()
-        for rows in _batches(len(train.images), recipe.batch_size, generator):
-            inputs = model.normalise(recipe.augment(train.images[rows], generator).to(device))
-            targets = train.targets[rows].to(device)
-            loss = recipe.loss(module(inputs), targets)
-            losses.append(_step(module, loss, optimizer, scheduler))
-            done += 1
-            progress(done, steps, f"epoch {epoch}, loss {losses[-1]:.3f}")
-        val_loss = _validate(recipe, model, val, device)
-        seconds = round(time.perf_counter() - begun, 1)
-        fitted.history.append({"train_loss": float(np.mean(losses)), "val_loss": val_loss, "seconds": seconds})
-        if val_loss <= min(entry["val_loss"] for entry in fitted.history):
-            fitted = fitted._replace(best_epoch=epoch)
-            best = {key: value.detach().clone() for key, value in module.state_dict().items()}
-        if epoch - fitted.best_epoch >= recipe.patience:
-            break
-    module.load_state_dict(best)
-    module.eval().requires_grad_(False)
-    return fitted
+        epoch = len(self.history) + 1
+        with _seeded(_mix(self.seed, epoch)):
+            losses = list(self._epoch(epoch, progress))
+        entry = {"train_loss": float(np.mean(losses)), "val_loss": self.validate(val)}
+        if not all(map(math.isfinite, entry.values())):
+            raise RequestError(f"the loss is not finite in epoch {epoch}: take a smaller lr than {self.recipe.lr:g}.")
+        entry |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - begun, 1)}
+        self.history.append(entry)
+        if entry["val_loss"] <= min(past["val_loss"] for past in self.history):
+            self.best_epoch = epoch
+            self.best = {key: value.detach().clone() for key, value in self.module.state_dict().items()}
+
+    def validate(self, val: Split) -> float:
+        """The mean loss on a split."""
+        outputs, targets = predict(self.model, val, self.device)
+        weight = None if self.weight is None else self.weight.cpu()
+        return loss_of(self.recipe, outputs, targets, weight).item()
+
+    def _epoch(self, epoch: int, progress: Progress) -> Iterator[float]:
+        """Yield the mean loss of each step."""
+        self.module.train(not self.recipe.freeze_backbone)
+        self.trained.train()
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(self.train)))
+        rows = order.split(self.recipe.batch_size)
+        for i, (images, targets) in enumerate(self.train.batches(rows)):
+            step = (epoch - 1) * self.steps_per_epoch + i
+            ids = [self.train.samples[row].id for row in rows[i].tolist()]
+            loss = self._step(images, targets, augmentation.draws(ids, self.seed, epoch), step)
+            progress(step + 1, self.recipe.epochs * self.steps_per_epoch, f"epoch {epoch}, loss {loss:.3f}")
+            yield loss
+
+    def _step(self, images: Tensor, targets: Tensor, uniform: np.ndarray, step: int) -> float:
+        varied = augmentation.vary(images.to(self.device), self.recipe.augment, uniform)
+        inputs = self.model.normalise(varied)
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            outputs = self.module(inputs)
+        loss = loss_of(self.recipe, outputs.float(), targets.to(self.device), self.weight, self.recipe.reduction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * rate(self.recipe, step, self.recipe.epochs * self.steps_per_epoch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.recipe.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        return loss.item() / (len(images) if self.recipe.reduction == "sum" else 1)
 
 
-def _optimizer(recipe: Recipe, module: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW with a linear warm-up and a cosine decay; vectors (biases, norms) are not decayed."""
-    decayed = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
-    warm = max(1, round(recipe.warmup * steps))
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def _mix(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
-def _batches(count: int, size: int, generator: np.random.Generator) -> Iterator[Tensor]:
-    yield from torch.from_numpy(generator.permutation(count)).split(size)
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed`, and leave PyTorch's global random states as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
-def _step(module: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, scheduler: Any) -> float:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    optimizer.step()
-    scheduler.step()
-    return loss.item()
+@contextmanager
+def _deterministic(device: str) -> Iterator[None]:
+    """On CUDA, take deterministic algorithms wherever PyTorch has one; on the CPU they are."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def predict(model: Model, images: Tensor, device: str, batch_size: int = 64) -> Tensor:
-    """Logits (N, K) float32 on the CPU, of images (N, 3, H, W) uint8 at the input size."""
+def _set_dropout(module: nn.Module, recipe: Recipe) -> None:
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Dropout)]
+    if recipe.dropout and not layers:
+        raise RequestError(f"{recipe.architecture} has no dropout layers: leave dropout out of recipe {recipe.name}.")
+    for layer in layers if recipe.dropout else []:
+        layer.p = recipe.dropout
+
+
+def _optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {
+            "params": [p for p in module.parameters() if p.ndim <= 1],
+            "weight_decay": recipe.weight_decay if recipe.decay_vectors else 0.0,
+        },
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
+
+
+def rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Learning rate of a step (from 0) of `steps`, as a share of the recipe's `lr`."""
+    warm = min(1.0, (step + 1) / max(1, round(recipe.warmup * steps)))
+    if recipe.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+    if recipe.schedule == "cyclic":
+        cycle, place = divmod(recipe.cycles * step / steps, 1)
+        low = 1 / recipe.lr_divisor
+        return low + (1 - low) * (1 - abs(2 * place - 1)) / 2**cycle
+    return warm
+
+
+def _class_weights(train: Split) -> Tensor:
+    """(K,) float32, inverse to the classes' frequency; 1 for a class as frequent as the average, 0 for none."""
+    counts = np.bincount([sample.label for sample in train.samples], minlength=train.classes)
+    return torch.tensor(np.divide(counts.mean(), counts, out=np.zeros(len(counts)), where=counts > 0)).float()
+
+
+def loss_of(
+    recipe: Recipe, outputs: Tensor, targets: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """The recipe's loss of outputs (B, K) against targets (B,) or (B, K), a scalar."""
+    if recipe.loss == "cross_entropy":
+        return F.cross_entropy(outputs, targets, weight=weight, reduction=reduction)
+    if recipe.loss == "bce":
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction=reduction)
+    return F.huber_loss(outputs, targets, reduction=reduction)
+
+
+def predict(model: Model, split: Split, device: str, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Outputs (N, K) float32 and targets (N,) or (N, K) of a split, on the CPU."""
     model.module.eval()
+    rows = torch.arange(len(split)).split(batch_size)
+    outputs, known = [], []
     with torch.no_grad():
-        return torch.cat([model.module(model.normalise(part.to(device))).cpu() for part in images.split(batch_size)])
+        for images, targets in split.batches(rows):
+            outputs.append(model.module(model.normalise(images.to(device))).cpu())
+            known.append(targets)
+    return torch.cat(outputs), torch.cat(known)
 
 
-def _validate(recipe: Recipe, model: Model, val: Arrays, device: str) -> float:
-    return recipe.loss(predict(model, val.images, device), val.targets).item()
+def measure(recipe: Recipe, model: Model, split: Split, device: str) -> Performance:
+    """The recipe's figures of merit on a split, with 95 % intervals over groups."""
+    outputs, targets = predict(model, split, device)
+    groups = [sample.group for sample in split.samples]
+    return performance.measure(
+        recipe.loss, outputs.double().numpy(), targets.numpy(), groups, model.class_names, recipe.contrasts
+    )
 
 
-def evaluate(recipe: Recipe, model: Model, split: Arrays, device: str) -> dict[str, float]:
-    """The recipe's figures of merit on a split, and its number of images."""
-    logits = predict(model, split.images, device).double().numpy()
-    return {"images": len(split.images), **recipe.measure(logits, split.targets.numpy())}
+def evaluate(recipe: Recipe, model: Model, split: Split, device: str) -> dict[str, float]:
+    """The figures alone, and the number of images."""
+    return {"images": len(split), **measure(recipe, model, split, device).figures}
+
+
+def _figures(measured: dict[str, Performance], parts: dict[str, Split]) -> dict[str, Any]:
+    """The report's part on performance; what is undefined is null."""
+
+    def known(value: Any) -> Any:
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    figures = {s: {"images": len(parts[s])} | {k: known(v) for k, v in p.figures.items()} for s, p in measured.items()}
+    intervals = {s: {k: [known(v) for v in pair] for k, pair in p.intervals.items()} for s, p in measured.items()}
+    calibration = {split: p.calibration for split, p in measured.items()}
+    return {**figures, "intervals": intervals, "calibration": calibration, "resamples": measured["test"].resamples}
+
+
+def _write(out: Path, recipe: Recipe, model: Model, report: dict[str, Any]) -> dict[str, Any]:
+    """Write the checkpoint, then the report with the fingerprint of what the checkpoint holds, curve and card."""
+    checkpoint = out / f"{model.name}.safetensors"
+    evidence = {"evidence": recipe.evidence} if recipe.evidence else {}
+    models.save(checkpoint, model, half=recipe.half, training=report, **evidence)
+    report = {**report, "model_fingerprint": models.get(checkpoint).fingerprint, "checkpoint": checkpoint.name}
+    history, best = report["history"], report["best_epoch"]
+    for name, content in {
+        "report.json": json.dumps(report, indent=1, sort_keys=True).encode(),
+        "curve.csv": training_report.curve_csv(history),
+        "curve.png": training_report.curve_png(history, best),
+        "md": training_report.card(recipe, report),
+    }.items():
+        write_atomically(out / f"{model.name}.{name}", content)
+    return {**report, "checkpoint": str(checkpoint)}

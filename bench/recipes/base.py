@@ -1,79 +1,178 @@
-"""The contract of a training recipe: which data, which model, which loss; the loop is `bench.training`'s."""
+"""What a training recipe says: which data, which model, which loss, how to optimise; the loop is `bench.training`'s."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, Literal
 
-import numpy as np
+import pydantic
 from pydantic import Field
-from torch import Tensor
 
-from bench.datasets.base import Dataset, Item, Sample
-from bench.models import Model
-from explainer_bench import Component
+from explainer_bench import parse_spec
 
 Count = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Arrays(NamedTuple):
-    """A split in memory: images (N, 3, H, W) uint8 at the model's input size, and the recipe's targets (N, ...)."""
-
-    images: Tensor
-    targets: Tensor
+class _Fields(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Recipe(Component):
-    """Base of all recipes.
+class Augment(_Fields):
+    """How training images are varied, each on its own; nothing by default.
 
     Parameters
     ----------
-    epochs : int
-        At most; early stopping may end before.
-    batch_size : int
-        Images per step.
-    lr : float
-        AdamW's peak learning rate, after a linear warm-up and before a cosine decay to zero.
-    warmup : float
-        Share of all steps until the peak.
-    weight_decay : float
-        Of every parameter with more than one dimension.
-    patience : int
-        Epochs without a better validation loss after which training stops.
+    flip : bool
+        Mirror left and right with probability one half.
+    rotate : float
+        Turn by up to so many degrees, either way.
+    quarter_turns : bool
+        Turn by 0, 90, 180 or 270 degrees.
+    zoom : float
+        Scale by a factor in [1 - zoom, 1 + zoom].
+    shift : float or (float, float)
+        Move by up to this share of the width and of the height, either way.
+    crop : (float, float), optional
+        Take a part of the image with a share of its area in this range and an aspect ratio in [3/4, 4/3].
+    outside : {"reflect", "black"}
+        What fills the place where the image has been moved away.
+    contrast : float
+        Multiply by a factor in [1 - contrast, 1 + contrast].
+    brightness : float
+        Add up to so many of 255 grey values, either way.
+    channels : bool
+        Exchange the colour channels: every order is equally likely.
     """
 
-    model_name: ClassVar[str] = ""
-    half: ClassVar[bool] = False  # store the checkpoint in half precision
+    flip: bool = False
+    rotate: Rate = 0
+    quarter_turns: bool = False
+    zoom: Share = 0
+    shift: Share | tuple[Share, Share] = 0
+    crop: tuple[Share, Share] | None = None
+    outside: Literal["reflect", "black"] = "black"
+    contrast: Share = 0
+    brightness: Rate = 0
+    channels: bool = False
 
-    epochs: Count = 10
-    batch_size: Count = 32
+    @property
+    def moves(self) -> bool:
+        """Whether pixels change their place."""
+        return bool(self.flip or self.rotate or self.quarter_turns or self.zoom or self.crop or self.shift)
+
+
+class Recipe(_Fields):
+    """A recipe, as its YAML file states it.
+
+    Parameters
+    ----------
+    name : str
+        The file's own, without its suffix.
+    description, source, notes : str
+        What it is, where it was published, and what had to be decided because the source does not say.
+    dataset : str
+        ``name`` or ``name[param=value,...]``.
+    size, val_size, test_size : int, optional
+        Images per split, for data sets that are made to measure.
+    model_name : str
+        Name of the checkpoint; may contain ``{architecture}`` and ``{dataset}``. The recipe's by default.
+    architecture : str
+        As for `bench.models.create`, which also takes `kwargs` and `preprocessing`.
+    init : str or mapping of architecture to str
+        What ``--weights`` must hold; nothing: the training starts from random weights.
+    freeze_backbone : bool
+        Train the classifier alone, on the features of the backbone in eval mode.
+    dropout : float
+        Probability of every dropout layer of the architecture while training.
+    loss : {"cross_entropy", "bce", "huber"}
+        Of the label; of every class's presence (the label's and those with a ROI); of the data set's `values`.
+    class_weights : "balanced", optional
+        Weigh classes by their inverse frequency in the training split; of cross_entropy.
+    reduction : {"mean", "sum"}
+        Over a training batch. The validation loss is always the mean.
+    optimizer : {"adamw", "adam", "sgd"}
+        As in `torch.optim`.
+    lr : float
+        The highest learning rate.
+    momentum : float
+        SGD's momentum, or Adam's first beta.
+    weight_decay : float
+        Coefficient.
+    decay_vectors : bool
+        Whether biases and the parameters of normalisations are decayed, too.
+    clip : float, optional
+        Largest norm of the gradient.
+    schedule : {"constant", "cosine", "cyclic"}
+        Step by step: none; to zero; `cycles` triangles from lr/`lr_divisor` to lr and back, each half as high as
+        the one before (triangular2 of Smith, 2017).
+    warmup : float
+        Share of all steps during which the rate rises linearly from zero.
+    epochs : int
+        At most; early stopping may end before. The weights of the epoch of least validation loss are kept.
+    batch_size : int
+        Images per step.
+    patience : int, optional
+        Epochs without a better validation loss after which training stops; never by default.
+    augment : Augment
+        How training images are varied.
+    precision : {"fp32", "bf16"}
+        Of the forward pass in training (autocast); weights, validation and test are always float32.
+    half : bool
+        Store the checkpoint in half precision; its figures are those of the stored weights.
+    contrasts : list of (str, str)
+        Pairs of classes whose AUROC against each other is reported.
+    evidence : str
+        The data set's region that the model is meant to read, for the checkpoint's header.
+    published_epoch : int, optional
+        The epoch that the source kept.
+    """
+
+    name: str
+    description: str
+    source: str = ""
+    notes: str = ""
+    dataset: str
+    size: Count | None = None
+    val_size: Count | None = None
+    test_size: Count | None = None
+    model_name: str = ""
+    architecture: str
+    kwargs: dict[str, Any] = {}
+    preprocessing: str | None = None
+    init: str | dict[str, str] = ""
+    freeze_backbone: bool = False
+    dropout: Share = 0
+    loss: Literal["cross_entropy", "bce", "huber"] = "cross_entropy"
+    class_weights: Literal["balanced"] | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Rate = 1e-3
-    warmup: Share = 0.05
-    weight_decay: Rate = 0.05
-    patience: Count = 3
+    momentum: Share = 0.9
+    weight_decay: Rate = 0
+    decay_vectors: bool = True
+    clip: Rate | None = None
+    schedule: Literal["constant", "cosine", "cyclic"] = "constant"
+    cycles: Count = 1
+    lr_divisor: Annotated[float, Field(ge=1)] = 1
+    warmup: Share = 0
+    epochs: Count
+    batch_size: Count
+    patience: Count | None = None
+    augment: Augment = Augment()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    half: bool = False
+    contrasts: list[tuple[str, str]] = []
+    evidence: str = ""
+    published_epoch: Count | None = None
 
-    def dataset(self, split: str, root: Path | None) -> Dataset:
-        """Return the data of one split: "train", "val" or "test"."""
-        raise NotImplementedError
+    @property
+    def checkpoint_name(self) -> str:
+        """Name of the trained model."""
+        dataset = parse_spec(self.dataset)[0]
+        return (self.model_name or self.name).format(architecture=self.architecture, dataset=dataset)
 
-    def model(self, weights: Path | None) -> Model:
-        """Return the model to train; its new weights depend on PyTorch's current random state only."""
-        raise NotImplementedError
-
-    def target(self, sample: Sample, item: Item) -> np.ndarray:
-        """Return what the loss wants to know of one sample."""
-        raise NotImplementedError
-
-    def augment(self, images: Tensor, generator: np.random.Generator) -> Tensor:
-        """Vary a training batch (B, 3, H, W) uint8; returns the same shape, uint8 or float in [0, 255]."""
-        return images
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of logits (B, K), the mean over the batch; what early stopping watches on the validation split."""
-        raise NotImplementedError
-
-    def measure(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """Figures of merit of logits (N, K) float64 on a held-out split."""
-        raise NotImplementedError
+    @property
+    def starts_from(self) -> str:
+        """What ``--weights`` must hold, "" where there must be none."""
+        return self.init if isinstance(self.init, str) else self.init.get(self.architecture, "")
