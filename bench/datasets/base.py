@@ -59,7 +59,6 @@ class Item(NamedTuple):
 class Dataset(Component):
     """Base of all data sets. The plain strings make its page in the documentation."""
 
-    class_names: ClassVar[tuple[str, ...]] = ()
     regions: ClassVar[tuple[str, ...]] = ()  # names of its regions, where there are several; the first is the ROI
     licence: ClassVar[str] = ""
     where: ClassVar[str] = ""  # where to get it; "embedded" where nothing is needed
@@ -74,6 +73,11 @@ class Dataset(Component):
 
     root: Path | None = None
     split: Literal["train", "val", "test"] = "test"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by label: a plain class attribute, unless parameters or files decide them."""
+        raise NotImplementedError
 
     @cached_property
     def samples(self) -> list[Sample]:
