@@ -41,21 +41,23 @@ def beside(published: pd.DataFrame, long: pd.DataFrame, scores: pd.DataFrame, tr
     -------
     DataFrame
         ``dataset, model, metric, explainer, published, mark, published_low, published_high, ours, ours_low, ours_high,
-        n, chance, best_trivial, over_trivial, over_trivial_low, over_trivial_high``: intervals of shares (scores of 0 and
-        1 only) are Wilson's, the others bootstrapped over groups; `over_trivial` is the paired difference to the best
-        trivial row, positive where better. Rows that only one side has stay.
+        n, chance, best_trivial, over_trivial, over_trivial_low, over_trivial_high``: intervals of shares (scores of 0
+        and 1 only, no two images of one group) are Wilson's, the others bootstrapped over groups; `over_trivial` is
+        the paired difference to the best trivial row, positive where better. Rows that only one side has stay.
     """
     theirs = published.rename(columns={"value": "published"})
     bounds = [wilson(value, n) for value, n in zip(theirs["published"], theirs["n"], strict=True)]
     theirs[["published_low", "published_high"]] = np.reshape(bounds, (-1, 2))
     ours = _ours(long, scores).merge(_over_trivial(long, scores, trivial), on=KEYS, how="left")
     table = theirs.drop(columns="n").merge(ours, on=KEYS, how="outer")
-    ran = table[["dataset", "model"]].apply(tuple, axis=1).isin(set(zip(long["dataset"], long["model"], strict=True)))
-    return table[ran].sort_values(KEYS[:3], kind="stable", ignore_index=True)
+    ran = long[["dataset", "model"]].drop_duplicates()
+    return table.merge(ran, on=["dataset", "model"]).sort_values(KEYS[:3], kind="stable", ignore_index=True)
 
 
 def _ours(long: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    binary = scores.groupby(KEYS)["value"].agg(lambda values: values.dropna().isin([0, 1]).all())
+    share = scores["value"].isna() | scores["value"].isin([0, 1])
+    alone = ~scores.duplicated([*KEYS, "group"], keep=False)
+    binary = (share & alone).groupby([scores[key] for key in KEYS]).all()
     names = {"mean": "ours", "ci_low": "ours_low", "ci_high": "ours_high"}
     table = long[[*KEYS, "n", "chance", *names]].rename(columns=names)
     for row, key in enumerate(table[KEYS].itertuples(index=False, name=None)):
@@ -69,12 +71,12 @@ def _ours(long: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 def _over_trivial(long: pd.DataFrame, scores: pd.DataFrame, trivial: Collection[str]) -> pd.DataFrame:
     parts = []
     better = long.drop_duplicates("metric").set_index("metric")["higher_is_better"]
-    for (dataset, model, metric), rows in scores.groupby(KEYS[:3], sort=False):
+    for keys, rows in scores.groupby(KEYS[:3], sort=False):
         values = rows.pivot(index="sample", columns="explainer", values="value")
         group = rows.drop_duplicates("sample").set_index("sample")["group"].reindex(values.index)
-        sign = 1.0 if better[metric] else -1.0
-        part = _differences(values * sign, pd.factorize(group)[0], trivial)
-        parts.append(part.assign(dataset=dataset, model=model, metric=metric))
+        of_part = dict(zip(KEYS, map(str, keys), strict=False))  # type: ignore[arg-type]
+        sign = 1.0 if better[of_part["metric"]] else -1.0
+        parts.append(_differences(values * sign, pd.factorize(group)[0], trivial).assign(**of_part))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*KEYS, "best_trivial"])
 
 
