@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -66,8 +67,12 @@ class FileDataset(Dataset):
     """
 
     folder: ClassVar[str] = ""  # the archive's own name
-    required: ClassVar[tuple[str, ...]] = ()  # files and folders below it by which it is known
     above: ClassVar[int] = 127  # mask pixels brighter than this, of 255, are inside
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Files and folders below the archive's by which it is known: a plain class attribute, as `class_names`."""
+        return ()
 
     def find(self, folder: Path) -> list[Found]:
         """Return every image of every split below the archive's `folder`.
@@ -89,6 +94,9 @@ class FileDataset(Dataset):
         found = sorted(self.find(self.home), key=lambda item: item.id)
         if not found:
             raise RequestError(f"{self.name}: no images under {self.home}. {self._help}")
+        for one, other in pairwise(found):
+            if one.id == other.id:
+                raise RequestError(f"{one.path} and {other.path} are one sample by name: remove or rename one of them.")
         return found
 
     @cached_property
@@ -100,13 +108,21 @@ class FileDataset(Dataset):
     def load(self, sample: Sample) -> Item:
         """Read the image, as RGB, and its masks; a region without a pixel is left out."""
         found: Found = sample.source
-        image = read(found.path, "RGB")
+        image = self.picture(found)
         regions = {name: self._region(found, name, image.size) for name in self.regions or ("",)}
         return Item(np.asarray(image), next(iter(regions.values())), regions if self.regions else {})
 
+    def picture(self, found: Found) -> Image.Image:
+        """Read an image as RGB, in the geometry of its masks."""
+        return read(found.path, "RGB")
+
+    def mask(self, paths: Sequence[Path], size: tuple[int, int]) -> np.ndarray:
+        """Read the masks of one region as one, (H, W) bool, for a picture of (width, height) `size`."""
+        return merged(paths, size, self.above)
+
     def _region(self, found: Found, region: str, size: tuple[int, int]) -> Masks:
         paths = [path for name, path in found.masks if name == region]
-        mask = merged(paths, size, self.above)
+        mask = self.mask(paths, size)
         return dict.fromkeys(self.classes_of(found), mask) if mask.any() else {}
 
     @property
@@ -144,6 +160,21 @@ def contents(folder: Path) -> str:
 def images(folder: Path) -> list[Path]:
     """Return the images in a folder, sorted by name; hidden files and others are left out."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES and not p.name.startswith("."))
+
+
+def paired(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Return for each image its mask: the file of the same name in another folder.
+
+    Raises
+    ------
+    RequestError
+        Where some are missing: how many, and the first.
+    """
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if missing := [path for path in files if path.name not in there]:
+        what = f"{len(missing)} of {len(files)} images have no mask" if files[1:] else "the image has no mask"
+        raise RequestError(f"{what}, the first is {missing[0]}: expected {folder / missing[0].name}.")
+    return [folder / path.name for path in files]
 
 
 def class_folders(folder: Path, names: Sequence[str]) -> Iterator[tuple[int, Path]]:

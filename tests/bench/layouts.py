@@ -153,7 +153,7 @@ KVASIR = {  # the names that Chung et al. annotated are such as these
 def _kvasir() -> dict[str, bytes]:
     files = {"kvasir-dataset-v2/.DS_Store": b"x"}
     for label, (name, stem) in enumerate(KVASIR.items()):
-        for i in range(4):
+        for i in range(7):
             size = (64, 115) if i == 3 else (58, 72)
             file = f"{stem[:-1]}{int(stem[-1], 16) + i & 15:x}.{'JPG' if i == 2 else 'jpg'}"
             files[f"kvasir-dataset-v2/{name}/{file}"] = picture(100 * label + i, "jpg", size)
@@ -167,7 +167,7 @@ def kvasir() -> Layout:
     masks[KVASIR["polyps"]] = mask((0, 224, 0, 224), size=(224, 224), mode="RGB", value=38)
     files = _kvasir() | {f"{ANNOTATIONS}/kvasir/{stem}.png": content for stem, content in masks.items()}
     image = f"kvasir-dataset-v2/polyps/{KVASIR['polyps']}.jpg"
-    return Layout(files, images=(4,) * 8, groups=32, image=image, class_folder="kvasir-dataset-v2/normal-cecum")
+    return Layout(files, images=(7,) * 8, groups=56, image=image, class_folder="kvasir-dataset-v2/normal-cecum")
 
 
 @layout
@@ -184,13 +184,13 @@ def kvasir_seg() -> Layout:
     files["Kvasir-SEG/kavsir_bboxes.json"] = json.dumps(boxes).encode()
     return Layout(
         files,
-        images=(12, 6),
-        groups=18,
+        images=(21, 6),
+        groups=27,
         image="Kvasir-SEG/images/cju0qkwl35piu0993l0dewei3.jpg",
         class_folder="Kvasir-SEG/masks",
         closed=False,
         mask="Kvasir-SEG/masks/cju0qkwl35piu0993l0dewei0.jpg",
-        roi=("Kvasir-SEG/cju0qkwl35piu0993l0dewei0", {1: 660}),
+        roi=("images/cju0qkwl35piu0993l0dewei0", {1: 660}),
         params={"normal": "{root}"},
     )
 
