@@ -511,13 +511,15 @@ def check(name: Annotated[str, typer.Argument(help="See `list datasets`.")], dat
 
 @data_app.command()
 def describe(name: Annotated[str, typer.Argument(help="See `list datasets`.")]) -> None:
-    """Say what a data set is, where to get it, under which licence, and how it must be laid out."""
+    """Say what a data set is: where to get it, licence, layout, splits, labels, ROI, parameters, known faults."""
     from bench import datasets
+    from bench.datasets.base import facts
 
     cls = datasets.registry.find(name)
     out.print(inspect.getdoc(cls), markup=False, highlight=False)
-    for fact in ("class_names", "licence", "where", "tree", "reference"):
-        out.print(f"{fact}: {getattr(cls, fact)}", markup=False, highlight=False, soft_wrap=True)
+    out.print()
+    for heading, text in facts(cls).items():
+        out.print(f"{heading}: {text}", markup=False, highlight=False, soft_wrap=True)
     if model := getattr(cls, "shipped_model", ""):
         _print_interventions(cls(), model)
 

@@ -1,16 +1,19 @@
-"""Write explainers.md and metrics.md, one card per component, from what the components say of themselves."""
+"""Write explainers.md, metrics.md and the pages of the data sets from what the components say of themselves."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import adapters
 import metrics
 from adapters import Explainer, conformance
+from bench import datasets
+from bench.datasets.base import facts as said_by
 from explainer_bench import Component
 from metrics import Metric
 from metrics.base import GROUPS
@@ -39,6 +42,17 @@ black), `black_pixel` (a black pixel before normalisation), `blur` (the image bl
 interpolation from the pixels left) and, for Vision Transformers, `token_removal` (the token leaves the sequence after
 the positional embedding, and the sequence really is shorter).
 """
+DATASETS = """# Data sets
+
+One page per data set, written by `python docs/cards.py` from the sources. Nothing is downloaded: get the archive,
+unpack it, and say where it lies with `--data-root`. `explainer-bench data describe NAME` prints these facts,
+`explainer-bench data check NAME --data-root DIR` reads every image and mask, counts, and names each file that cannot
+be used. Your own images need no code ([folder](folder.md)), another layout about twenty lines ([Add a data
+set](../how-to/add-a-data-set.md)).
+
+| Data set | Classes | ROI | Licence |
+|---|---|---|---|
+"""
 HEADINGS = {
     "attention_gradient": "Attention and gradient",
     "cam": "Class activation maps",
@@ -50,9 +64,8 @@ HEADINGS = {
 
 def card(component: Component, facts: Mapping[str, str]) -> str:
     """Return one component's card in Markdown: its docstring, then a list of facts."""
-    text = (inspect.getdoc(type(component)) or "").partition("\n\nParameters\n---")[0].replace("``", "`")
     lines = [f"- **{fact}**: {value}".replace(": \n", ":\n") for fact, value in facts.items() if value]
-    return "\n".join([f"### {component.name}", "", text, "", *lines, ""])
+    return "\n".join([_text(type(component), f"### {component.name}"), *lines, ""])
 
 
 def of_explainer(explainer: Explainer) -> dict[str, str]:
@@ -128,6 +141,35 @@ def _map(explainer: Explainer) -> str:
     return ", ".join(words)
 
 
+def of_dataset(name: str) -> str:
+    """Return the page of a data set."""
+    cls = datasets.registry.find(name)
+    lines = [f"- **{heading[0].upper()}{heading[1:]}**: {_linked(text)}" for heading, text in said_by(cls).items()]
+    root = "" if cls.where == "embedded" else " --data-root DIR"
+    commands = ["```bash", f"explainer-bench data describe {name}", f"explainer-bench data check {name}{root}", "```"]
+    parameters = textwrap.dedent(_parameters(cls())).strip()
+    return "\n".join([_text(cls, f"# {name}"), *lines, "", "## Parameters", "", parameters, "", *commands, ""])
+
+
+def _text(cls: type[Component], heading: str) -> str:
+    """Return a heading and a class's docstring without its parameters."""
+    text = (inspect.getdoc(cls) or "").partition("\n\nParameters\n---")[0].replace("``", "`")
+    return f"{heading}\n\n{text}\n"
+
+
+def _linked(text: str) -> str:
+    """Turn addresses into links, and keep file names that look like Markdown as they are."""
+    kinds = re.compile(r"(?P<code>`[^`]*`)|(?P<address>https?://[^\s)]+)|(?P<sign>[*_<])")
+    forms = {"code": "{}", "address": "<{}>", "sign": "\\{}"}
+    return kinds.sub(lambda found: forms[found.lastgroup or ""].format(found[0]), text)
+
+
+def _row(name: str) -> str:
+    said = said_by(datasets.registry.find(name))
+    cells = [f"[{name}]({name}.md)", *(_linked(said.get(fact, "")) for fact in ("classes", "ROI", "licence"))]
+    return f"| {' | '.join(cells)} |"
+
+
 def pages() -> dict[Path, str]:
     """Return every page with its text."""
     explainers = sorted((adapters.get(name) for name in adapters.registry.names()), key=lambda e: (e.family, e.name))
@@ -135,6 +177,8 @@ def pages() -> dict[Path, str]:
     return {
         FOLDER / "explainers.md": _page(EXPLAINERS, explainers, lambda e: e.family, of_explainer),
         FOLDER / "metrics.md": _page(METRICS, scored, lambda m: m.group, of_metric),
+        FOLDER / "datasets" / "index.md": DATASETS + "\n".join(map(_row, datasets.registry.names())) + "\n",
+        **{FOLDER / "datasets" / f"{name}.md": of_dataset(name) for name in datasets.registry.names()},
     }
 
 
@@ -147,4 +191,5 @@ def _page(head: str, components: list, heading: Callable, facts: Callable) -> st
 
 if __name__ == "__main__":
     for path, text in pages().items():
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text)

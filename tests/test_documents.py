@@ -4,17 +4,21 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import adapters
 import metrics
 from adapters import conformance
 from adapters.recording import shareable
-from bench import cli, suite
+from bench import cli, datasets, suite
+from bench.datasets.base import facts
+from bench.datasets.lidc_idri import BIOMARKERS
 from explainer_bench import split_specs
 
 HOUSE = Path(adapters.__file__).parents[1]
@@ -97,6 +101,97 @@ def test_every_explainer_has_a_measured_cost():
     text = (HOUSE / "docs/explainer-costs.md").read_text()
     names = [name for name, cls in adapters.registry.classes.items() if not cls.trivial]
     assert [name for name in names if f"| {name} " not in text] == []
+
+
+def test_every_data_set_has_a_page_in_the_navigation():
+    pages = {path.stem for path in (HOUSE / "docs/datasets").glob("*.md")} - {"index"}
+    assert pages == set(datasets.registry.names())
+    assert pages == set(re.findall(r"datasets/(?!index)(\w+)\.md", (HOUSE / "mkdocs.yml").read_text()))
+
+
+def test_describe_prints_what_is_on_the_page(capsys, monkeypatch):
+    for name, cls in datasets.registry.classes.items():
+        if cls.where != "embedded":
+            monkeypatch.setattr(sys, "argv", ["explainer-bench", "data", "describe", name])
+            with pytest.raises(SystemExit):
+                cli.main()
+            printed = capsys.readouterr().out
+            assert [text for text in facts(cls).values() if text not in printed] == []
+            assert {"licence", "where", "tree", "counts", "splits", "labels", "ROI", "known faults"} <= set(facts(cls))
+
+
+DATASET = "docs/how-to/add-a-data-set.md"
+
+
+def test_the_data_set_to_add(tmp_path, monkeypatch, capsys):
+    example(tmp_path, DATASET, "leaves")
+    for number in range(40):
+        name = f"photos/{('healthy', 'diseased')[number % 2]}/tree{number // 4}_{number}"
+        path = tmp_path / "leaves-2026" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 10), (9, 9 * (number % 2), number)).save(path)
+        if number % 2:
+            mask = tmp_path / "leaves-2026" / "masks" / f"{path.stem}.png"
+            mask.parent.mkdir(exist_ok=True)
+            Image.new("L", (12, 10), 255).save(mask)
+    monkeypatch.chdir(tmp_path)
+    assert follow(DATASET, monkeypatch) == 1
+    assert "diseased" in capsys.readouterr().out
+    parts = [datasets.get("leaves.py", root=tmp_path, split=split).samples for split in ("train", "val", "test")]
+    assert sum(map(len, parts)) == 40 and min(map(len, parts)) > 0
+    trees = [{sample.group for sample in part} for part in parts]
+    assert not trees[0] & trees[1] | trees[0] & trees[2] | trees[1] & trees[2]
+
+
+class _Scan:
+    """A stand-in for pylidc's: 0.5 x 0.5 x 2 mm voxels, a bright ball of 6 mm, four annotations that differ."""
+
+    patient_id = "LIDC-IDRI-0007"
+    pixel_spacing, slice_spacing = 0.5, 2.0
+    annotations = ((4, 5.0), (5, 6.0), (5, 6.0), (3, 9.0))
+
+    @staticmethod
+    def ball(radius):
+        mm = np.indices((120, 120, 40)) * np.array([0.5, 0.5, 2.0]).reshape(3, 1, 1, 1)
+        return ((mm - np.array([30, 30, 40]).reshape(3, 1, 1, 1)) ** 2).sum(0) <= radius**2
+
+    def load_all_dicom_images(self, verbose):
+        stored = np.where(self.ball(6.0), 1074, 224)  # 50 and -800 HU
+        slices = [stored[:, :, k] for k in range(40)]
+        return [SimpleNamespace(pixel_array=one, RescaleSlope="1", RescaleIntercept="-1024") for one in slices]
+
+    def cluster_annotations(self, verbose):
+        markers = dict.fromkeys(BIOMARKERS, 2)
+        rated = [SimpleNamespace(malignancy=rating, radius=radius, **markers) for rating, radius in self.annotations]
+        return [rated[:2], rated]
+
+
+def _consensus(annotations, clevel):
+    masks = np.mean([_Scan.ball(annotation.radius) for annotation in annotations], axis=0) >= clevel
+    box = tuple(slice(axis.min(), axis.max() + 1) for axis in np.nonzero(masks))
+    return masks[box], box, None
+
+
+def test_the_script_that_prepares_lidc(tmp_path, monkeypatch):
+    pylidc, utils = ModuleType("pylidc"), ModuleType("pylidc.utils")
+    pylidc.Scan = SimpleNamespace(patient_id="patient_id")
+    pylidc.query = lambda scan: SimpleNamespace(order_by=lambda column: [_Scan(), _Scan()])
+    utils.consensus = _consensus
+    monkeypatch.setitem(sys.modules, "pylidc", pylidc)
+    monkeypatch.setitem(sys.modules, "pylidc.utils", utils)
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall(r"```python\n(.*?)```", (HOUSE / "docs/how-to/prepare-lidc.md").read_text(), re.DOTALL)
+    exec(script, {})
+    parts = [datasets.get("lidc_idri", root=tmp_path, split=split) for split in ("train", "val", "test")]
+    ((dataset, sample),) = [(part, sample) for part in parts for sample in part.samples]
+    assert (sample.id, sample.group, sample.label) == ("LIDC-IDRI-0007_1", "LIDC-IDRI-0007", 1)
+    assert dataset.targets.loc[sample.id].tolist() == [2.0] * 8
+    item = dataset.load(sample)
+    ball = (np.indices((32, 32)) - 16) ** 2
+    inside = ball.sum(0) <= 36
+    assert (item.roi[1] ^ inside).mean() < 0.02
+    assert item.image[16, 16].tolist() == [191] * 3  # 50 HU
+    assert item.image[0, 0].tolist() == [36] * 3  # -800 HU
 
 
 METRIC = "docs/how-to/add-a-metric.md"

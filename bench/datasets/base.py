@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -105,6 +106,25 @@ class Dataset(Component):
         """SHA-256 over ids, labels, groups and contents, in 16 hex digits."""
         lines = [f"{s.id}\t{s.label}\t{s.group}\t{s.digest}" for s in self.samples]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def facts(cls: type[Dataset]) -> dict[str, str]:
+    """Return what a data set says of itself, by heading: for its page and for `data describe`."""
+    names = inspect.getattr_static(cls, "class_names")
+    said = {
+        "classes": (inspect.getdoc(names) or "").rstrip(".") if isinstance(names, property) else ", ".join(names),
+        "regions": ", ".join(cls.regions),
+        "licence": cls.licence,
+        "where": cls.where,
+        "tree": cls.tree,
+        "counts": cls.counts,
+        "splits": cls.splitting,
+        "labels": cls.labelling,
+        "ROI": cls.roi_rule,
+        "known faults": cls.faults,
+        "reference": cls.reference,
+    }
+    return {heading: text for heading, text in said.items() if text}
 
 
 class Check(NamedTuple):
