@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,12 @@ def evidence(dataset: Dataset, model: Model) -> str:
     """Return the region that the model is known to use, as its checkpoint says; "" where that is not known."""
     region = str(model.meta.get("evidence", ""))
     return region if region in dataset.regions else ""
+
+
+def portable(dataset: Dataset) -> Dataset:
+    """Return the data set without what differs between machines: its root, and where other folders of it lie."""
+    named = {name: Path(path.name) for name, path in dataset.params.items() if isinstance(path, Path)}
+    return replace(dataset, **{**named, "root": None})
 
 
 class Shard:
@@ -85,6 +93,16 @@ class Shard:
         return np.array([int.from_bytes(digest[:4], "little") for digest in digests], dtype=np.uint32)
 
 
+def _in_turn(samples: list[Sample]) -> list[Sample]:
+    """Put the first of every class before the second of any."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for sample in samples:
+        turns.append(seen[sample.label])
+        seen[sample.label] += 1
+    return [samples[row] for row in np.argsort(turns, kind="stable")]
+
+
 class Problem:
     """A data set under a model.
 
@@ -98,14 +116,16 @@ class Problem:
         How many; all where there are fewer.
     seed : int
         Decides which, in an order that a larger number continues.
+    balanced : bool
+        Take the classes in turn.
     """
 
-    def __init__(self, dataset: Dataset, model: Model, samples: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, model: Model, samples: int, seed: int, balanced: bool = False) -> None:
         self.dataset, self.model = dataset, model
         self._concepts: dict[Explainer, Tensor] = {}
-        self.names = replace(dataset, root=None).spec, model.name
+        self.names = portable(dataset).spec, model.name
         order = sorted(dataset.samples, key=lambda s: hashlib.sha256(f"{seed} {s.id}".encode()).digest())
-        self.samples = order[:samples]
+        self.samples = (_in_turn(order) if balanced else order)[:samples]
         if not self.samples:
             raise RequestError(f"data set {dataset.name!r} has no samples in its split {dataset.split!r}.")
 
@@ -133,7 +153,7 @@ class Problem:
     def identity(self) -> list[object]:
         """What of data set and model, besides the samples, decides a result."""
         known = evidence(self.dataset, self.model)
-        return [identity(replace(self.dataset, root=None)), self.model.fingerprint, *([known] if known else [])]
+        return [identity(portable(self.dataset)), self.model.fingerprint, *([known] if known else [])]
 
     def context(self, explainer: Explainer, shard: Shard, repeats: int = 1) -> dict[str, Any]:
         """Return what an explainer `needs` to explain a shard, each sample `repeats` times in a row."""

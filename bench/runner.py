@@ -133,7 +133,8 @@ class Run:
             samples = dataset.samples  # tells of a wrong root before models are loaded
             for spec in self.suite.models:
                 model = models.get(spec, class_names=dataset.class_names, device=self.device)
-                yield Problem(dataset, model, min(self.suite.samples, len(samples)), self.suite.seed)
+                n = min(self.suite.samples, len(samples))
+                yield Problem(dataset, model, n, self.suite.seed, self.suite.balanced)
 
     def _check(self) -> None:
         for metric in self.metrics:

@@ -20,6 +20,8 @@ class Suite(pydantic.BaseModel):
     ----------
     samples : int
         Images per data set, from its test split, in an order that `seed` decides; all where there are fewer.
+    balanced : bool
+        Take as many images of each class, as far as there are.
     target : "predicted", "label" or int
         The class to explain.
     """
@@ -33,6 +35,7 @@ class Suite(pydantic.BaseModel):
     explainers: list[str] = pydantic.Field(min_length=1)
     metrics: list[str] = pydantic.Field(min_length=1)
     samples: int = pydantic.Field(64, gt=0)
+    balanced: bool = False
     target: Literal["predicted", "label"] | int = "predicted"
     seed: int = 0
 
