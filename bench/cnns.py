@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from bench.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from explainer_bench import RequestError
 
 REDUCTION = 16
-STRIDE = 32  # pixels per feature of a DenseNet
-DENSE_BLOCKS = {"denseblock1": 256, "denseblock2": 512, "denseblock3": 1024, "denseblock4": 1024}  # channels after each
+STRIDE = 32  # pixels per feature of both backbones
+DENSE = (256, 512, 1024, 1024)  # channels after each dense block
+GATES = ("se", "cbam")
 _OF_TIMM = ("pretrained", "pretrained_cfg_overlay", "cache_dir")  # what `timm.create_model` passes on besides
 
 
@@ -52,31 +54,41 @@ class SE(nn.Module):
 class CBAM(nn.Module):
     """Convolutional block attention (Woo et al., ECCV 2018): a factor per channel, then one per position.
 
+    Both maxima are pooling modules of a fixed size and the perceptron sees averages and maxima in one call, because
+    captum's DeepLIFT has rules for modules alone, each used once.
+
     Parameters
     ----------
-    channels : int
-        Of the maps (N, C, H, W).
+    channels, side : int
+        Of the maps (N, C, side, side), the only ones that it takes.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, side: int) -> None:
         super().__init__()
         hidden = channels // REDUCTION
-        self.average, self.maximum = nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)
-        self.mlp = nn.Sequential(nn.Flatten(), nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        self.over_positions, self.over_channels = nn.MaxPool1d(side * side), nn.MaxPool3d((channels, 1, 1))
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        self.sigmoid = nn.Sigmoid()
         self.spatial = nn.Sequential(
             nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False), nn.BatchNorm2d(1, momentum=0.01), nn.Sigmoid()
         )
-        self.sigmoid = nn.Sigmoid()
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return maps of the same shape."""
-        channels = self.mlp(self.average(maps)) + self.mlp(self.maximum(maps))
-        maps = maps * self.sigmoid(channels)[:, :, None, None]
-        pair = torch.cat((maps.amax(1, keepdim=True), maps.mean(1, keepdim=True)), dim=1)
-        return maps * self.spatial(pair)
+        flat = maps.flatten(2)
+        pooled = torch.cat((flat.mean(2, keepdim=True), self.over_positions(maps.flatten(2))), dim=2)
+        maps = maps * self.sigmoid(self.mlp(pooled.transpose(1, 2)).sum(1))[:, :, None, None]
+        largest = self.over_channels(maps.unsqueeze(1)).squeeze(1)
+        return maps * self.spatial(torch.cat((largest, maps.mean(1, keepdim=True)), dim=1))
 
 
-GATES: dict[str, type[SE] | type[CBAM]] = {"se": SE, "cbam": CBAM}
+def _gate(kind: str, channels: int, side: int) -> nn.Module:
+    return SE(channels) if kind == "se" else CBAM(channels, side)
+
+
+def _check_size(img_size: int) -> None:
+    if img_size % STRIDE:
+        raise RequestError(f"img_size={img_size} is not a multiple of {STRIDE}, which these CNNs need.")
 
 
 class DenseNet121(nn.Module):
@@ -89,18 +101,20 @@ class DenseNet121(nn.Module):
     num_classes : int
         Logits.
     img_size : int
-        Side in pixels of the images (N, 3, H, W), the only one that it takes.
+        Side in pixels of the images (N, 3, H, W), the only one that it takes: a multiple of 32.
     """
 
     def __init__(self, gate: str = "", num_classes: int = 2, img_size: int = 224) -> None:
         super().__init__()
+        _check_size(img_size)
         self.num_classes, self.img_size = num_classes, (img_size, img_size)
         densenet = torchvision.models.densenet121(weights=None)
         self.features = nn.Sequential()
         for name, layer in densenet.features.named_children():
             self.features.add_module(name, layer)
-            if gate and name in DENSE_BLOCKS:
-                self.features.add_module(f"{gate}{name[-1]}", GATES[gate](DENSE_BLOCKS[name]))
+            if gate and name.startswith("denseblock"):
+                stage = int(name[-1])
+                self.features.add_module(f"{gate}{stage}", _gate(gate, DENSE[stage - 1], img_size // 2 ** (stage + 1)))
         side = img_size // STRIDE
         self.classifier = nn.Linear(side * side * densenet.classifier.in_features, num_classes)
 
@@ -113,23 +127,27 @@ class DenseNet121(nn.Module):
         return self.classifier(self.features(images).flatten(1))
 
 
-class _SEBottleneck(Bottleneck):
-    gate = "se"
+class _Block(Bottleneck):
+    """A bottleneck with a ReLU for each use, as DeepLIFT wants it, and perhaps a gate before the shortcut is added."""
 
-    def __init__(self, inplanes: int, planes: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(inplanes, planes, *args, **kwargs)
-        self.add_module(self.gate, GATES[self.gate](planes * self.expansion))
+    gate = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.relu1, self.relu2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+
+    def add_gate(self, kind: str, side: int) -> None:
+        self.gate = kind
+        self.add_module(kind, _gate(kind, self.conv3.out_channels, side))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        x = self.get_submodule(self.gate)(self.bn3(self.conv3(x)))
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        if self.gate:
+            x = self.get_submodule(self.gate)(x)
         return self.relu(x + shortcut)
-
-
-class _CBAMBottleneck(_SEBottleneck):
-    gate = "cbam"
 
 
 class ResNet50(torchvision.models.ResNet):
@@ -141,12 +159,17 @@ class ResNet50(torchvision.models.ResNet):
         What each bottleneck ends with.
     num_classes : int
         Logits.
+    img_size : int
+        Side in pixels of the images (N, 3, H, W), a multiple of 32; with CBAM the only one that it takes.
     """
 
-    def __init__(self, gate: str = "", num_classes: int = 2) -> None:
-        block = {"": Bottleneck, "se": _SEBottleneck, "cbam": _CBAMBottleneck}[gate]
-        super().__init__(block, [3, 4, 6, 3], num_classes=num_classes)
-        self.num_classes = num_classes
+    def __init__(self, gate: str = "", num_classes: int = 2, img_size: int = 224) -> None:
+        super().__init__(_Block, [3, 4, 6, 3], num_classes=num_classes)
+        _check_size(img_size)
+        self.num_classes, self.img_size = num_classes, (img_size, img_size)
+        for stage, layer in enumerate((self.layer1, self.layer2, self.layer3, self.layer4)):
+            for block in layer if gate else ():
+                block.add_gate(gate, img_size // 2 ** (stage + 2))
 
     def get_classifier(self) -> nn.Linear:
         """Return the classifier."""
@@ -195,7 +218,7 @@ def _register(name: str) -> None:
     def entry(pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
         given = {key: value for key, value in kwargs.items() if key not in _OF_TIMM}
         module = _BACKBONES[backbone](gate, **given)
-        module.pretrained_cfg = get_pretrained_cfg(name).to_dict()  # type: ignore[union-attr, assignment]
+        module.pretrained_cfg = {**get_pretrained_cfg(name).to_dict(), "input_size": (3, *module.img_size)}
         return module
 
     entry.__name__ = name
