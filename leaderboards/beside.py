@@ -16,7 +16,7 @@ N_BOOT = 2_000
 
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share of `n` images; NaN where either is unknown."""
-    if not (np.isfinite(share) and np.isfinite(n)):
+    if not (np.isfinite(share) and n > 0):
         return np.nan, np.nan
     low, high = proportion_confint(share * n, n, method="wilson")
     return float(low), float(high)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pandas as pd
 
-from bench import datasets
+from bench import api, datasets
 from bench.datasets.files import FileDataset
 from bench.models import SUFFIXES
+from bench.runner import Progress, Run
 from bench.suite import Suite
 from explainer_bench import Component, RequestError
 from leaderboards import beside
@@ -43,8 +44,10 @@ class Weights:
 
     def find(self, root: Path | None) -> Path | None:
         """Return the file, wherever it lies under `root`; None where there is none."""
-        found = [path for ending in SUFFIXES for path in sorted((root or Path()).rglob(f"{self.stem}{ending}"))]
-        return found[0] if root and found else None
+        if root is None:
+            return None
+        found = [path for ending in SUFFIXES for path in sorted(root.rglob(f"{self.stem}{ending}"))]
+        return found[0] if found else None
 
     def spec(self, path: Path) -> str:
         """Return how `run` calls the model."""
@@ -72,6 +75,8 @@ class Part:
         Images.
     target : "predicted", "label" or int
         The class explained.
+    balanced : bool
+        As many images of each class.
     """
 
     names: Mapping[str, str]
@@ -81,23 +86,12 @@ class Part:
     metrics: Sequence[str]
     samples: int
     target: Literal["predicted", "label"] | int = "predicted"
+    balanced: bool = False
 
     @property
     def name(self) -> str:
         """Name of its folder."""
         return "-".join(self.names.values()).replace(" ", "_").lower()
-
-    def missing(self, data_root: Path | None, weights_root: Path | None) -> list[str]:
-        """Return what it lacks, one line each: where it was looked for, and how to get it."""
-        lines = []
-        try:
-            _open(self.dataset, data_root)
-        except RequestError as error:
-            lines.append(str(error))
-        if not self.weights.find(weights_root):
-            where = f"under {weights_root}" if weights_root else "(give --weights-root)"
-            lines.append(f"no {self.weights.stem}.safetensors or .pth {where}: {self.weights.how}.")
-        return lines
 
     def suite(self, weights_root: Path | None, samples: int | None, seed: int) -> Suite:
         """Return what to run; only for a part that lacks nothing."""
@@ -110,26 +104,60 @@ class Part:
             explainers=list(self.explainers),
             metrics=list(self.metrics),
             samples=samples or self.samples,
+            balanced=self.balanced,
             target=self.target,
             seed=seed,
         )
 
 
-def _open(spec: str, root: Path | None) -> None:
-    """Look for a data set; raises `RequestError` where it is not there."""
+def lacking(
+    parts: Sequence[Part], data_root: Path | None, weights_root: Path | None
+) -> tuple[dict[str, int], list[str]]:
+    """Look for what the parts need; each data set is opened once.
+
+    Returns
+    -------
+    dict, list of str
+        How many things each part lacks, by name; and one line for each data set, and for the weights that are to be
+        had in one way: where they were looked for, and how to get them.
+    """
+    errors = {spec: _absence(spec, data_root) for spec in dict.fromkeys(part.dataset for part in parts)}
+    weights = [part.weights for part in parts if not part.weights.find(weights_root)]
+    stems = {how: list(dict.fromkeys(w.stem for w in weights if w.how == how)) for how in (w.how for w in weights)}
+    where = f"under {weights_root}" if weights_root else "(give --weights-root)"
+    lines = [line for line in errors.values() if line]
+    for how, (first, *others) in stems.items():
+        lines.append(f"no {', nor '.join([f'{first}.safetensors or .pth', *others])} {where}: {how}.")
+    return {part.name: bool(errors[part.dataset]) + (part.weights in weights) for part in parts}, lines
+
+
+def _absence(spec: str, root: Path | None) -> str:
+    """Return why a data set cannot be used, or ""."""
     cls = datasets.registry.find(spec.partition("[")[0])
-    dataset = datasets.get(spec, **({} if cls.where == "embedded" else {"root": root}))
-    if isinstance(dataset, FileDataset):
-        _ = dataset.found
+    try:
+        dataset = datasets.get(spec, **({} if cls.where == "embedded" else {"root": root}))
+        if isinstance(dataset, FileDataset):
+            _ = dataset.found
+    except RequestError as error:
+        return str(error)
+    return ""
 
 
 class Done(NamedTuple):
-    """A part that was run: its folder, every score (`bench.report.scores`), and the long board."""
+    """A part that was run: its folder, every score (`bench.report.scores`), the long board, and what was asked for."""
 
     part: Part
     folder: Path
     scores: pd.DataFrame
     long: pd.DataFrame
+    suite: Suite
+    data_root: Path | None
+    device: str = "cpu"
+    measured: Any = None  # what `Study.measure` returned
+
+    def open(self, device: str = "cpu") -> Run:
+        """Return the run, for its images, predictions and stored maps; its model is on the CPU, or on `device`."""
+        return Run(self.suite, self.folder, self.data_root, api.choose_device(device))
 
 
 @dataclass(frozen=True)
@@ -173,6 +201,13 @@ class Study(Component):
     def before(self, data_root: Path | None, out: Path) -> Iterator[Section]:
         """Yield what can be said without a model."""
         yield from ()
+
+    def measure(self, done: Done, progress: Progress) -> Any:
+        """Compute what a part needs besides its suite, for `sections` to find in `Done.measured`; nothing by default.
+
+        What takes long is to be stored in the part's folder, so that a rerun finds it.
+        """
+        return None
 
     def sections(self, done: Sequence[Done], out: Path) -> Iterator[Section]:
         """Yield the tables and figures of the parts that were run; the published table beside ours comes first."""

@@ -15,16 +15,17 @@ import adapters
 import metrics
 from bench.datasets import chung2024 as annotated
 from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights
-from explainer_bench import RequestError
 from leaderboards import beside, statistics
 from metrics import Samples
 
 DATASETS = {"CP-Child": "cp_child", "DUKE": "duke", "Kvasir": "kvasir", "MURA": "mura"}
+ANNOTATIONS = ("224_mask_annot_from_dr", "data/224_mask_annot_from_dr", "attention_maps_masks")  # where they may lie
+TASK = {"kvasir": ",task=finding"}  # the others have two classes
 MODELS = {"Random": "random", "Supervised": "supervised", "DINO": "dino", "MAE": "mae"}
 SIDE, PATCH = 224, 16
 TOP = {5: "rect_iou_top5", 10: "rect_iou_top10", 20: "rect_iou_top5[percent=20]", 40: "rect_iou_top5[percent=40]"}
 POINTING = "pointing_game"
-DRAWS = 60  # of random token maps
+DRAWS = 40  # of random token maps
 
 # What the authors asked for in their outlook: scores by token, by the size of the ROI, and corrected for chance.
 OUTLOOK = (
@@ -64,13 +65,13 @@ class Chung2024(Study):
         return [self._part(dataset, model, data_root) for dataset in DATASETS for model in MODELS]
 
     def _part(self, dataset: str, model: str, data_root: Path | None) -> Part:
-        recipe = f"chung2024_{DATASETS[dataset]}_{MODELS[model]}"
+        name = DATASETS[dataset]
+        recipe = f"chung2024_{name}_{MODELS[model]}"
         variant = "chung2024_resize" if dataset in ("CP-Child", "DUKE") else "chung2024_crop"
-        how = f"explainer-bench train {recipe}, or the authors' checkpoint (github.com/ugent-korea/attention_maps)"
-        folder = _annotations(data_root)
+        how = f"explainer-bench train {recipe} --data-root DIR --out DIR, or the authors' checkpoint (github.com/ugent-korea/attention_maps)"
         return Part(
             names={"dataset": dataset, "model": model},
-            dataset=f"{DATASETS[dataset]}[annotations={folder}]",
+            dataset=f"{name}[annotations={_annotations(data_root)}{TASK.get(name, '')}]",
             weights=Weights(recipe, how, "vit_base_patch16_224", variant),
             explainers=["gradcam_eigen_aug", "raw_attention", "transformer_attribution", "gradcam", *TRIVIAL],
             metrics=[POINTING, *TOP.values(), *OUTLOOK],
@@ -81,9 +82,7 @@ class Chung2024(Study):
     def before(self, data_root: Path | None, out: Path) -> Iterator[Section]:
         """Yield what trivial maps score on the annotations."""
         folder = _annotations(data_root)
-        if not (folder.is_dir() and any((folder / name).is_dir() for name in annotated.FOLDERS.values())):
-            if self.masks_only:
-                raise RequestError(f"chung2024: no annotations at {folder}. {annotated.HELP}")
+        if not self.masks_only and not _is_annotations(folder):
             return
         table = pd.concat([_of_masks(name, folder) for name in DATASETS], ignore_index=True)
         table = table.merge(self._best(), on=["dataset", "score"], how="left")
@@ -128,12 +127,12 @@ _LONG = (
 def _annotations(data_root: Path | None) -> Path:
     """The folder of the annotations below the data's root, under its name in the authors' repository or ours."""
     root = data_root or Path()
-    candidates = [root / name for name in annotated.NAMES]
-    return next((path for path in candidates if path.is_dir()), root if _is_annotations(root) else candidates[0])
+    candidates = [root, *(root / name for name in ANNOTATIONS)]
+    return next(filter(_is_annotations, candidates), candidates[1])
 
 
 def _is_annotations(folder: Path) -> bool:
-    return all((folder / name).is_dir() for name in annotated.FOLDERS.values())
+    return all((folder / name).is_dir() for name in annotated.MASKS.values())
 
 
 def _fisher(value: float, n: float, published: float, n_published: float) -> float:
@@ -158,7 +157,8 @@ def _of_masks(dataset: str, folder: Path) -> pd.DataFrame:
     masks = np.stack([mask for _, mask in annotated.masks(folder, DATASETS[dataset])])
     rows = [*_area(masks), *_pointing(masks), *_overlap(masks)]
     table = pd.DataFrame(rows, columns=["score", "map", "value", "low", "high", "draws_sd"])
-    return table.assign(dataset=dataset, n=len(masks), n_empty=int((~masks.any((1, 2))).sum()))
+    table.insert(0, "dataset", dataset)
+    return table.assign(n=len(masks), n_empty=int((~masks.any((1, 2))).sum()))
 
 
 Row = tuple[str, str, float, float, float, float]
@@ -199,8 +199,9 @@ def _pointing(masks: np.ndarray) -> Iterator[Row]:
 
 def _overlap(masks: np.ndarray) -> Iterator[Row]:
     yield _row("IoU", "whole image", masks.mean((1, 2)))
+    drawn = [_maps("random_token", masks, seed) for seed in range(DRAWS)]
     for percent in (5, 10):
-        draws = np.stack([_score(TOP[percent], masks, _maps("random_token", masks, seed)) for seed in range(DRAWS)])
+        draws = np.stack([_score(TOP[percent], masks, maps) for maps in drawn])
         yield _row("IoU", f"random tokens, top {percent} %", draws.mean(0), float(draws.mean(1).std(ddof=1)))
     for percent, metric in TOP.items():
         yield _row("IoU", f"centred Gaussian, top {percent} %", _score(metric, masks, _maps("center_gaussian", masks)))
