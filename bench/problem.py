@@ -35,7 +35,7 @@ def evidence(dataset: Dataset, model: Model) -> str:
 def portable(dataset: Dataset) -> Dataset:
     """Return the data set without what differs between machines: its root, and where other folders of it lie."""
     named = {name: Path(path.name) for name, path in dataset.params.items() if isinstance(path, Path)}
-    return replace(dataset, **{**named, "root": None})
+    return replace(dataset, **{**named, "root": None})  # type: ignore[arg-type]
 
 
 class Shard:

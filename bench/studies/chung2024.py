@@ -19,6 +19,7 @@ from leaderboards import beside, statistics
 from metrics import Samples
 
 DATASETS = {"CP-Child": "cp_child", "DUKE": "duke", "Kvasir": "kvasir", "MURA": "mura"}
+REPOSITORY = "github.com/ugent-korea/attention_maps"
 ANNOTATIONS = ("224_mask_annot_from_dr", "data/224_mask_annot_from_dr", "attention_maps_masks")  # where they may lie
 TASK = {"kvasir": ",task=finding"}  # the others have two classes
 MODELS = {"Random": "random", "Supervised": "supervised", "DINO": "dino", "MAE": "mae"}
@@ -68,7 +69,7 @@ class Chung2024(Study):
         name = DATASETS[dataset]
         recipe = f"chung2024_{name}_{MODELS[model]}"
         variant = "chung2024_resize" if dataset in ("CP-Child", "DUKE") else "chung2024_crop"
-        how = f"explainer-bench train {recipe} --data-root DIR --out DIR, or the authors' checkpoint (github.com/ugent-korea/attention_maps)"
+        how = f"explainer-bench train {recipe} --data-root DIR --out DIR, or the authors' checkpoint ({REPOSITORY})"
         return Part(
             names={"dataset": dataset, "model": model},
             dataset=f"{name}[annotations={_annotations(data_root)}{TASK.get(name, '')}]",

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from tests.bench import layouts
 import pandas as pd
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from bench import datasets, models, reproduction, studies
 from bench.studies import chung2024
 from explainer_bench import RequestError
+from tests.bench import layouts
 
 # Table B6: computed on the authors' masks by others than us, with one draw of the random tokens.
 B6 = """
