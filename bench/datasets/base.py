@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -158,7 +159,7 @@ def check(dataset: Dataset) -> Check:
     for split in dataset.splits:
         part = replace(dataset, split=split)  # type: ignore[arg-type]
         areas = {sample.id: _roi_areas(part, sample, errors) for sample in part.samples}
-        rows += [_count(part, label, areas) for label in range(len(part.class_names))]
+        rows += _counts(part, areas)
     return Check(pd.DataFrame(rows), errors)
 
 
@@ -171,15 +172,19 @@ def _roi_areas(dataset: Dataset, sample: Sample, errors: list[str]) -> dict[int,
         return {}
 
 
-def _count(dataset: Dataset, label: int, areas: dict[str, dict[int, float]]) -> dict[str, Any]:
-    mine = [sample for sample in dataset.samples if sample.label == label]
-    covered = [areas[sample.id][label] for sample in mine if label in areas[sample.id]]
-    return {
-        "split": dataset.split,
-        "class": dataset.class_names[label],
-        "images": len(mine),
-        "groups": len({sample.group for sample in mine}),
-        "with_roi": len(covered),
-        "roi_area": float(np.mean(covered)) if covered else np.nan,
-        "fingerprint": dataset.fingerprint,
-    }
+def _counts(dataset: Dataset, areas: dict[str, dict[int, float]]) -> Iterator[dict[str, Any]]:
+    """The rows of one split."""
+    fingerprint, samples = dataset.fingerprint, defaultdict(list)
+    for sample in dataset.samples:
+        samples[sample.label].append(sample)
+    for label, name in enumerate(dataset.class_names):
+        covered = [areas[sample.id][label] for sample in samples[label] if label in areas[sample.id]]
+        yield {
+            "split": dataset.split,
+            "class": name,
+            "images": len(samples[label]),
+            "groups": len({sample.group for sample in samples[label]}),
+            "with_roi": len(covered),
+            "roi_area": float(np.mean(covered)) if covered else np.nan,
+            "fingerprint": fingerprint,
+        }

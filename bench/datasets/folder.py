@@ -55,6 +55,7 @@ class Folder(FileDataset):
     )
     labelling: ClassVar[str] = "the class folder"
     roi_rule: ClassVar[str] = "pixels of the mask brighter than 127 of 255, for the image's own class"
+    reference = "none: the data are yours"
     faults: ClassVar[str] = "without a file of groups, images of one patient may be divided between splits"
 
     masks: str = "masks"

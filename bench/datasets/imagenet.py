@@ -189,13 +189,21 @@ def _devkit(folder: Path) -> dict[str, int]:
             f"{folder} has images without class folders and no labels for them: put {SOLUTION} or {DEVKIT}/ with "
             f"{meta.name} and {truth.name} there; {contents(folder)}."
         )
-    synsets: Any = scipy.io.loadmat(meta, squeeze_me=True)["synsets"]
-    label = {int(row["ILSVRC2012_ID"]): wnids().get(str(row["WNID"])) for row in np.atleast_1d(synsets)}
+    label = _meaning(meta)
     numbered = [label.get(int(number)) if number.isdigit() else None for number in truth.read_text().split()]
     if None in numbered:
         line = numbered.index(None) + 1
         raise RequestError(f"{truth}, line {line}: no class has this number in {meta.name}; copy the kit again.")
     return {f"ILSVRC2012_val_{row:08d}": int(one) for row, one in enumerate(numbered, 1) if one is not None}
+
+
+def _meaning(path: Path) -> dict[int, int | None]:
+    """What each number of the development kit stands for; None for what is no class of the 1000."""
+    try:
+        rows: Any = np.atleast_1d(scipy.io.loadmat(path, squeeze_me=True)["synsets"])
+        return {int(row["ILSVRC2012_ID"]): wnids().get(str(row["WNID"])) for row in rows}
+    except (OSError, ValueError, LookupError, TypeError, scipy.io.matlab.MatReadError) as error:
+        raise RequestError(f"{path} cannot be read as the classes of ILSVRC 2012: copy the kit again.") from error
 
 
 def _with_mask(found: Found, masks: dict[str, Path]) -> Found:
