@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench import api, report, studies
-from bench.studies.base import Done, Part, Section, Study
+from bench.studies.base import Done, Part, Section, Study, lacking
 from explainer_bench import RequestError, write_atomically
 from leaderboards import study_page
 
@@ -81,9 +81,8 @@ def reproduce(
     """
     study = studies.get(study) if isinstance(study, str) else study
     parts = study.parts(data_root)
-    lacks = {part.name: part.missing(data_root, weights_root) for part in parts}
+    lacks, missing = lacking(parts, data_root, weights_root)
     plan = pd.DataFrame([_row(part, lacks[part.name], samples) for part in parts])
-    missing = list(dict.fromkeys(line for lines in lacks.values() for line in lines))
     if dry_run:
         return Reproduction(plan, missing, [], [])
     sections, failures = list(study.before(data_root, out)), []
@@ -92,18 +91,20 @@ def reproduce(
         if lacks[part.name]:
             continue
         folder = out / "runs" / part.name
+        suite = part.suite(weights_root, samples, seed)
         result = api.run(
-            part.suite(weights_root, samples, seed),
+            suite,
             out=folder,
             data_root=data_root,
             device=device,
             batch_size=batch_size,
-            progress=lambda stage, *counts, name=part.name: progress(f"{name} {stage}", *counts),
+            progress=_named(progress, part.name),
         )
         failures += [f"{part.name}: {line}" for line in result.failures]
         assert result.report is not None
         (long,) = result.report.boards.long.values()
-        done.append(Done(part, folder, report.scores(folder), long))
+        ran = Done(part, folder, report.scores(folder), long, suite, data_root, device)
+        done.append(ran._replace(measured=study.measure(ran, _named(progress, part.name))))
     sections += study.sections(done, out) if done else []
     if not sections:
         raise RequestError(f"{study.name}: nothing can be run. {' '.join(missing[:2])} (--dry-run lists all.)")
@@ -111,7 +112,11 @@ def reproduce(
     return Reproduction(plan, missing, failures, sections)
 
 
-def _row(part: Part, lacking: Sequence[str], samples: int | None) -> dict[str, object]:
+def _named(progress: Callable[..., None], name: str) -> Callable[..., None]:
+    return lambda stage, *counts: progress(f"{name} {stage}", *counts)
+
+
+def _row(part: Part, lacks: int, samples: int | None) -> dict[str, object]:
     return {
         "part": part.name,
         "data set": part.dataset.partition("[")[0],
@@ -119,7 +124,7 @@ def _row(part: Part, lacking: Sequence[str], samples: int | None) -> dict[str, o
         "images": samples or part.samples,
         "explainers": len(part.explainers),
         "metrics": len(part.metrics),
-        "state": f"lacks {len(lacking)}" if lacking else "ready",
+        "state": f"lacks {lacks}" if lacks else "ready",
     }
 
 

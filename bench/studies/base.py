@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -126,9 +127,14 @@ def lacking(
     stems = {how: list(dict.fromkeys(w.stem for w in weights if w.how == how)) for how in (w.how for w in weights)}
     where = f"under {weights_root}" if weights_root else "(give --weights-root)"
     lines = [line for line in errors.values() if line]
-    for how, (first, *others) in stems.items():
-        lines.append(f"no {', nor '.join([f'{first}.safetensors or .pth', *others])} {where}: {how}.")
+    lines += [f"no {_alternatives(names)}.safetensors or .pth {where}: {how}." for how, names in stems.items()]
     return {part.name: bool(errors[part.dataset]) + (part.weights in weights) for part in parts}, lines
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    """Write several names as a shell does: ``a_{1,2}``."""
+    first = commonprefix(names)
+    return names[0] if len(names) == 1 else f"{first}{{{','.join(name.removeprefix(first) for name in names)}}}"
 
 
 def _absence(spec: str, root: Path | None) -> str:

@@ -63,7 +63,7 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(weights_root, tmp_pat
 
 
 def test_nothing_to_run_is_one_line(tmp_path):
-    with pytest.raises(RequestError, match=r"toy: nothing can be run. no toy_first\..* --weights-root"):
+    with pytest.raises(RequestError, match=r"toy: nothing can be run. no toy_\{first,second\}\..* --weights-root"):
         reproduction.reproduce(Toy(), tmp_path)
 
 
