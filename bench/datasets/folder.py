@@ -33,7 +33,7 @@ class Folder(FileDataset):
         Which part.
     masks : str
         A folder with the same tree as the images, `CLASS/NAME.png` or `test/CLASS/NAME.png`: below `root`, or
-        anywhere. An image without a mask has no ROI.
+        anywhere; "" for none. An image without a mask has no ROI.
     groups : str
         A CSV file with the columns `image` (`CLASS/NAME`, as in the ids, without ending) and `group`, the patient
         say: below `root`, or anywhere. No group is divided between splits. An image that it does not name is a
@@ -86,7 +86,7 @@ class Folder(FileDataset):
     def _folders(self, folder: Path) -> list[Path]:
         """The folders in one, without hidden ones and the masks."""
         below = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return sorted(path for path in below if path != self.home / self.masks)
+        return sorted(path for path in below if not self.masks or path != self.home / self.masks)
 
     def find(self, folder: Path) -> list[Found]:
         """Return every image, with its mask, group and split."""
@@ -111,8 +111,8 @@ class Folder(FileDataset):
 
     def _masked(self, found: list[Found]) -> list[Found]:
         folder = self.home / self.masks
-        if not folder.is_dir():
-            if self.masks != Folder.masks:
+        if not self.masks or not folder.is_dir():
+            if self.masks not in ("", Folder.masks):
                 raise RequestError(f"{folder} is no folder of masks: correct `masks`, or leave it out.")
             return found
         paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.png"))}

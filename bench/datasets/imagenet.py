@@ -75,7 +75,8 @@ class Imagenet(FileDataset):
     folder = "imagenet"
     required = ("val",)
     licence: ClassVar[str] = (
-        "ImageNet: non-commercial research and education, after registration; ImageNet-S: see there"
+        "ImageNet: non-commercial research and education, after registration (from memory, not verified); ImageNet-S: "
+        "see its repository"
     )
     where: ClassVar[str] = "https://image-net.org/challenges/LSVRC/2012/ and https://github.com/LUSSeg/ImageNet-S"
     tree: ClassVar[str] = (

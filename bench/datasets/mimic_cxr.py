@@ -36,7 +36,9 @@ class MimicCxr(FileDataset):
     class_names = ("normal", "pleural effusion")
     folder = "mimic-cxr-jpg"
     required = ("files",)
-    licence: ClassVar[str] = "PhysioNet Credentialed Health Data License: only after training and signature"
+    licence: ClassVar[str] = (
+        "PhysioNet's for credentialed health data (name from memory, not verified), after training and signature"
+    )
     where: ClassVar[str] = "https://physionet.org/content/mimic-cxr-jpg/"
     tree: ClassVar[str] = (
         f"mimic-cxr-jpg/ with files/p10/p10000032/s50414267/DICOM_ID.jpg and {TABLES}-metadata.csv, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def table(path: Path, columns: Sequence[str], key: str = "") -> pd.DataFrame:
         raise RequestError(f"{path.parent} has no {path.stem}, gzipped or not: {contents(path.parent)}.")
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise RequestError(f"{path} cannot be read as a CSV file ({reason}): replace the file.") from error
     frame.columns = frame.columns.str.strip()
@@ -68,7 +69,7 @@ def coded(path: Path, texts: pd.Series, codes: Mapping[str, int]) -> list[int]:
     """
     if not (known := texts.isin(list(codes))).all():
         row = int((~known).to_numpy().argmax())
-        expected = ", ".join(repr(code) for code in codes)
+        expected = ", ".join(repr(code) for code in list(codes)[:10]) + (" ..." if len(codes) > 10 else "")
         raise RequestError(
             f"{path}, line {row + 2}: {texts.name} is {texts.iloc[row]!r}, expected one of {expected}; correct it."
         )

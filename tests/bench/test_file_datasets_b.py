@@ -309,6 +309,10 @@ def test_imagenet_flat_folder_takes_its_labels_from_either_file(flat, files):
     [
         ({}, "has images without class folders and no labels"),
         ({imagenet.SOLUTION: solution(BOXES[0])}, "val_00000001.JPEG has no label"),
+        (
+            {imagenet.SOLUTION: solution("a,cat 1 2 3 4")},
+            r"line 2: PredictionString is 'cat', .*'n\d+' \.\.\.; correct",
+        ),
         ({imagenet.SOLUTION: solution(BOXES[0], BOXES[0])}, "lists ImageId .* more than once"),
         ({f"{imagenet.DEVKIT}/ILSVRC2012_validation_ground_truth.txt": b"2\n7\n"}, "line 2: no class has this number"),
         ({f"{imagenet.DEVKIT}/ILSVRC2012_validation_ground_truth.txt": b"2\n3\n"}, "line 2: no class has this number"),
@@ -373,6 +377,9 @@ def test_broken_gzip_and_numbers_are_named(tmp_path):
     path = root / "mimic-cxr-2.0.0-metadata.csv.gz"
     path.write_bytes(path.read_bytes()[:40])
     refused("metadata.csv.gz cannot be read as a CSV file", "mimic_cxr", root)
+    whole = layouts.LAYOUTS["mimic_cxr"]().files[path.name]
+    path.write_bytes(whole[:30] + b"xxxxxxxxxx" + whole[40:])
+    refused("metadata.csv.gz cannot be read as a CSV file", "mimic_cxr", root)
     path.unlink()
     refused("has no mimic-cxr-2.0.0-metadata.csv, gzipped or not: found", "mimic_cxr", root)
     root = layouts.make("lidc_idri", tmp_path / "b")
@@ -403,6 +410,17 @@ def test_folder_names_its_own_classes(tmp_path):
     (tmp_path / "other" / "x").mkdir(parents=True)
     assert datasets.get("folder", root=tmp_path / "other").class_names == ("x",)
     refused("needs at least two class folders", "folder", tmp_path / "other")
+
+
+def test_folder_without_masks(tmp_path):
+    root = layouts.make("folder", tmp_path)
+    (root / "masks").rename(root / "spots")
+    assert datasets.get("folder", root=root, masks="spots").class_names == ("ants", "bees", "cats")
+    assert datasets.get("folder", root=root, masks="").class_names == ("ants", "bees", "cats", "spots")
+    (root / "spots").rename(tmp_path.parent / f"{tmp_path.name} spots")
+    for masks, count in (("", 0), (str(tmp_path.parent / f"{tmp_path.name} spots"), 2)):
+        found = [s for part in parts("folder", root, masks=masks).values() for s in part]
+        assert len(found) == 33 and sum(bool(s.source.masks) for s in found) == count
 
 
 def test_folder_takes_splits_that_are_there(tmp_path):
