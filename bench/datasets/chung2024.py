@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from bench.datasets.files import FileDataset, Found, contents, images, merged
-from explainer_bench import RequestError
+from explainer_bench import RequestError, RequestWarning
 
 # Their folders of masks.
 MASKS = {"cp_child": "cpchild", "duke": "duke", "kvasir": "kvasir", "mura": "mura"}
@@ -79,10 +79,8 @@ class Chung2024(FileDataset):
                 f"{missing[0]}: copy them there, or remove their masks from {self.annotations}."
             )
         if unclear := [name for name, items in candidates.items() if items[1:]]:
-            some = f"{len(unclear)} of {len(masks)} annotations are left out"
-            warnings.warn(
-                f"{self.name}: {some}, the first is {unclear[0]}: its name fits several images.", stacklevel=2
-            )
+            some = f"{len(unclear)} of {len(masks)} annotations are left out, the first is {unclear[0]}"
+            warnings.warn(f"{self.name}: {some}: its name fits several images.", RequestWarning, stacklevel=2)
         return [
             replace(items[0], masks=(("", masks[name]),), label=self.annotated_label(items[0]), split="test")
             for name, items in candidates.items()

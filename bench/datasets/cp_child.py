@@ -41,7 +41,8 @@ class CpChild(Chung2024):
     where: ClassVar[str] = "https://figshare.com/articles/dataset/CP-CHILD_zip/12554042"
     tree: ClassVar[str] = "CP-CHILD/CP-CHILD-{A,B}/{Train,Test}/{Non-Polyp,Polyp}/*.jpg"
     counts: ClassVar[str] = (
-        "8,000 images in part A and 1,500 in part B; with polyps 1,000 and 400 (from memory, not verified)"
+        "8,000 images in part A and 1,500 in part B; of both, Train holds 1,100 with polyps and 7,000 without, Test "
+        "300 and 1,100 (as ColonINST lists them), 200 of the 300 in part A (from memory, not verified)"
     )
     splitting: ClassVar[str] = (
         "the published Test folder is test; 15 % of Train is val, seeded. The split of Chung et al. is not published"

@@ -11,7 +11,7 @@ import pytest
 from bench import datasets, preprocessing
 from bench.datasets import chung2024
 from bench.datasets.base import Dataset, Sample
-from explainer_bench import RequestError
+from explainer_bench import RequestError, RequestWarning
 from tests.bench import layouts
 from tests.bench.layouts import ANNOTATIONS, LAYOUTS, mask
 
@@ -273,7 +273,7 @@ LABELLED = {"kvasir": {"task": "finding"}}
 @pytest.fixture(scope="module")
 def annotated(roots) -> dict[str, dict[str, list[Sample]]]:
     """The samples of the four, with annotations; `mura` has one mask whose name fits two images."""
-    with pytest.warns(UserWarning, match="1 of 3 annotations are left out, the first is patient11326"):
+    with pytest.warns(RequestWarning, match="1 of 3 annotations are left out, the first is patient11326"):
         return {
             name: everything(name, roots[name], annotations=roots[name] / ANNOTATIONS, **LABELLED.get(name, {}))
             for name in ANNOTATED
