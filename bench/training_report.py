@@ -25,6 +25,7 @@ _FIGURES = {
     "mse": "mean squared error",
     "rmse": "root mean squared error",
 }
+_MOST_CLASSES = 12  # that a table has columns for
 
 
 def curve_csv(history: list[dict[str, float]]) -> bytes:
@@ -82,6 +83,7 @@ def _model(recipe: Recipe, report: dict[str, Any]) -> str:
 def _data(recipe: Recipe, report: dict[str, Any]) -> str:
     data = datasets.get(recipe.dataset)
     names = list(report["data"]["train"]["classes"])
+    names = names if len(names) <= _MOST_CLASSES else []
     rows = [
         (split, part["images"], part["groups"], *(part["classes"][name] for name in names), part["fingerprint"])
         for split, part in report["data"].items()

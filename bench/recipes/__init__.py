@@ -42,8 +42,9 @@ def get(spec: str, **changes: Any) -> Recipe:
         return Recipe(name=Path(name).stem if name.endswith(_SUFFIXES) else name, **content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RequestError(f"recipe {name!r}, parameter {where!r}: {first['msg'].rstrip('.')}.") from error
+        where = f", parameter {'.'.join(map(str, first['loc']))!r}" if first["loc"] else ""
+        said = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise RequestError(f"recipe {name!r}{where}: {said}.") from error
 
 
 _SUFFIXES = (".yaml", ".yml")

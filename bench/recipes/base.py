@@ -81,6 +81,8 @@ class Recipe(_Fields):
         As for `bench.models.create`, which also takes `kwargs` and `preprocessing`.
     init : str or mapping of architecture to str
         What ``--weights`` must hold; nothing: the training starts from random weights.
+    pooling : {"cls"}, optional
+        How to take over the weights of a fine-tuned MAE, as for `bench.models.load_backbone`.
     freeze_backbone : bool
         Train the classifier alone, on the features of the backbone in eval mode.
     dropout : float
@@ -141,6 +143,7 @@ class Recipe(_Fields):
     kwargs: dict[str, Any] = {}
     preprocessing: str | None = None
     init: str | dict[str, str] = ""
+    pooling: Literal["cls"] | None = None
     freeze_backbone: bool = False
     dropout: Share = 0
     loss: Literal["cross_entropy", "bce", "huber"] = "cross_entropy"
@@ -165,6 +168,22 @@ class Recipe(_Fields):
     contrasts: list[tuple[str, str]] = []
     evidence: str = ""
     published_epoch: Count | None = None
+
+    @pydantic.field_validator("model_name")
+    @classmethod
+    def _has_known_places(cls, name: str) -> str:
+        try:
+            name.format(architecture="", dataset="")
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{{{error.args[0]}}} is neither {{architecture}} nor {{dataset}}") from error
+        return name
+
+    @pydantic.model_validator(mode="after")
+    def _fits_its_loss(self) -> Recipe:
+        for name in ("class_weights", "contrasts"):
+            if getattr(self, name) and self.loss != "cross_entropy":
+                raise ValueError(f"{name} belongs to loss=cross_entropy, not to {self.loss}")
+        return self
 
     @property
     def checkpoint_name(self) -> str:
