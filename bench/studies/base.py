@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
@@ -92,7 +93,7 @@ class Part:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return "-".join(self.names.values()).replace(" ", "_").lower()
+        return re.sub(r"[^\w.-]+", "_", "-".join(self.names.values())).lower()
 
     def suite(self, weights_root: Path | None, samples: int | None, seed: int) -> Suite:
         """Return what to run; only for a part that lacks nothing."""
@@ -133,7 +134,7 @@ def lacking(
 
 def _alternatives(names: Sequence[str]) -> str:
     """Write several names as a shell does: ``a_{1,2}``."""
-    first = commonprefix(names)
+    first = commonprefix(names)  # noqa: RUF071 -- characters, not folders
     return names[0] if len(names) == 1 else f"{first}{{{','.join(name.removeprefix(first) for name in names)}}}"
 
 
