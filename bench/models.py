@@ -217,6 +217,8 @@ def _named(model: Model, name: str | None, found: Checkpoint) -> Model:
     if name is None:
         return model
     chosen = _choose(name, model.module, model.preprocessing)
+    if chosen == model.preprocessing:
+        return model
     model = replace(model, name=f"{model.name}[preprocessing={name}]", preprocessing=chosen)
     _warn_of_normalisation(model, found)
     return model
@@ -239,11 +241,21 @@ def _trained_with(architecture: str, found: Checkpoint) -> tuple[tuple[float, ..
     """Mean and std that weights were trained with: the header's, the format's, or timm's for the architecture."""
     if found.header:
         return tuple(found.header["preprocessing"]["mean"]), tuple(found.header["preprocessing"]["std"])
-    format_ = checkpoints.FORMATS[found.format]
-    if format_.mean and format_.std and "." not in architecture:  # a tag says whose weights they are
+    format_, cfg = checkpoints.FORMATS[found.format], timm.get_pretrained_cfg(architecture)
+    tells = "." in architecture or (cfg and not cfg.num_classes)  # a tag, or weights that never had a classifier
+    if format_.mean and format_.std and not tells:
         return format_.mean, format_.std
-    cfg = timm.get_pretrained_cfg(architecture)
     return (tuple(cfg.mean), tuple(cfg.std)) if cfg else (preprocessing.IMAGENET_MEAN, preprocessing.IMAGENET_STD)
+
+
+def _read(path: Path, architecture: str) -> Checkpoint:
+    """Read weights; `fc_norm` tells of a fine-tuned MAE only where the architecture itself has `norm`."""
+    found = checkpoints.read(path)
+    if found.format == "mae_finetuned":
+        with torch.device("meta"):
+            own = timm.create_model(architecture).state_dict()
+        return found._replace(format="supervised") if "fc_norm.weight" in own else found
+    return found
 
 
 def _fourteenth(side: int) -> int:
@@ -262,8 +274,8 @@ def _from_architecture(
     _check_name(architecture)
     if weights is None:
         raise RequestError(f"model {name!r} needs its weights, nothing is downloaded: write {name}[weights=FILE].")
-    found = checkpoints.read(Path(str(weights)))
-    if found.header.get("architecture") == architecture:
+    found = _read(Path(str(weights)), architecture)
+    if found.header.get("architecture") == architecture and not (head or pooling or img_size):
         return _from_checkpoint(found, preprocessing)
     classifier = _classifier(architecture)
     if head is not None:
@@ -273,6 +285,8 @@ def _from_architecture(
     if found.format == "mae_finetuned" and pooling is None:
         kwargs["global_pool"] = "avg"
     model = create(architecture, name, num_classes=_count_classes(found.state, classifier), **kwargs)
+    if found.header:
+        model.preprocessing = Preprocessing.from_json(found.header["preprocessing"]).scaled_to(model.input_size)
     mean, std = _trained_with(architecture, found)
     model.preprocessing = replace(model.preprocessing, mean=mean, std=std)
     state = checkpoints.adapt(found, model.module, pooling)
@@ -375,7 +389,7 @@ def load_backbone(model: Model, path: Path, pooling: str | None = None) -> None:
     RequestWarning
         Where the model's preprocessing normalises otherwise than the weights were trained with.
     """
-    found = checkpoints.read(Path(path))
+    found = _read(Path(path), model.architecture)
     own, state = model.module.state_dict(), checkpoints.adapt(found, model.module, pooling)
     fresh = [f"{_classifier(model.architecture)}.", *cnns.gates(own, state)]
     kept = {key: value for key, value in state.items() if not key.startswith(tuple(fresh))}

@@ -353,6 +353,24 @@ def test_a_fine_tuned_mae_by_name(files):
     assert averaging.fingerprint != reading.fingerprint
 
 
+def test_an_architecture_that_averages_by_itself_is_no_mae(tmp_path):
+    module = source("vit_tiny_patch16_224.augreg_in21k_ft_in1k", global_pool="avg")
+    path = saved(tmp_path, module.state_dict())
+    before = torch.random.get_rng_state()
+    assert models._read(path, TINY).format == "mae_finetuned"
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert models._read(path, "vit_base_patch16_rpn_224").format == "supervised"
+
+
+def test_a_checkpoint_of_ours_at_another_image_size(tmp_path):
+    model = models.create(TINY, "mine", "ab", preprocessing="chung2024_crop")
+    models.save(tmp_path / "w.safetensors", model)
+    same = models.get(f"{TINY}[weights={tmp_path / 'w.safetensors'},preprocessing=chung2024_crop]")
+    assert (same.name, same.fingerprint) == ("mine", model.fingerprint)
+    smaller = models.get(f"{TINY}[weights={tmp_path / 'w.safetensors'},img_size=96]")
+    assert smaller.preprocessing == model.preprocessing.scaled_to((96, 96))
+
+
 def test_another_image_size_by_name(files):
     model = models.get(f"{TINY}[weights={files['supervised']},img_size=96,preprocessing=timm]")
     assert model.input_size == (96, 96) and model.module(images(96)).shape == (3, 5)
