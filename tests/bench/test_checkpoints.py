@@ -414,5 +414,7 @@ def test_patches_of_another_size_are_not_resampled(tmp_path):
 
 
 def test_every_format_is_documented():
+    text = (Path(checkpoints.__file__).parents[1] / "docs" / "models.md").read_text()
     for name, format_ in checkpoints.FORMATS.items():
+        assert f"\n| {name} " in text
         assert format_.layout and (format_.mean is None) == (name in ("trained here", "supervised"))

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +48,12 @@ def test_deit_counts_more_than_published_which_left_the_bare_parameters_out():
     deit = on_meta("deit_tiny_patch16_224", num_classes=2)
     assert count(deit) == 5_524_802
     assert count(deit) - deit.pos_embed.numel() - deit.cls_token.numel() == 5_486_786
+
+
+def test_the_documentation_has_the_counts():
+    text = (Path(cnns.__file__).parents[1] / "docs" / "models.md").read_text()
+    assert [name for name, number in COUNTS.items() if f"| `{name}` | {number:,} | {number:,} |" not in text] == []
+    assert "| `deit_tiny_patch16_224` | 5,524,802 | 5,486,786 |" in text
 
 
 def random(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,11 @@ def test_the_published_variants(name, mean, std, side):
     assert how.input_size == (224, 224) and how.interpolation == "bilinear" and how.shortest_side == side
     assert how.mean == pytest.approx(mean) and how.std == pytest.approx(std)
     assert source and preprocessing.find(name) is how
+
+
+def test_the_documentation_names_every_variant():
+    text = (Path(preprocessing.__file__).parents[1] / "docs" / "models.md").read_text()
+    assert [name for name in [*VARIANTS, preprocessing.OF_TIMM] if f"| `{name}` |" not in text] == []
 
 
 def test_lidc_normalises_hounsfield_units():
