@@ -78,6 +78,16 @@ def test_the_commands_of_choosing_parameters(tmp_path, monkeypatch):
     assert len(pd.read_csv(board)) == 6
 
 
+def test_the_commands_of_training(tmp_path, monkeypatch):
+    document = "docs/how-to/train-a-model.md"
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", (HOUSE / document).read_text(), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    assert follow(document, monkeypatch) == 3
+    written = {path.name for path in Path("checkpoints").rglob("*.md")}
+    assert written == {"digits_vit.md", "digits_vit_0.1.md", "mine.md"}
+
+
 def test_the_examples_of_other_models(capsys):
     pytest.importorskip("transformers", reason="needs Hugging Face's transformers")
     blocks = re.findall(r"```python\n(.*?)```", (HOUSE / "docs/how-to/explain-other-models.md").read_text(), re.DOTALL)
