@@ -16,7 +16,7 @@ import adapters
 import metrics
 from adapters import conformance
 from adapters.recording import shareable
-from bench import cli, datasets, suite
+from bench import cli, datasets, studies, suite
 from bench.datasets.base import facts
 from bench.datasets.lidc_idri import BIOMARKERS
 from explainer_bench import split_specs
@@ -86,6 +86,19 @@ def test_the_commands_of_training(tmp_path, monkeypatch):
     assert follow(document, monkeypatch) == 3
     written = {path.name for path in Path("checkpoints").rglob("*.md")}
     assert written == {"digits_vit.md", "digits_vit_0.1.md", "mine.md"}
+
+
+def test_the_commands_of_reproducing_a_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert follow("docs/how-to/reproduce-a-study.md", monkeypatch) == len(studies.registry.names()) == 4
+    assert list(tmp_path.iterdir()) == [] and "goncalves2022: 84 parts" in capsys.readouterr().out
+
+
+def test_reproducing_a_study_names_the_folders_that_are_looked_for():
+    text = (HOUSE / "docs/how-to/reproduce-a-study.md").read_text()
+    for part in [part for name in studies.registry.names() for part in studies.get(name).parts(None)]:
+        cls = datasets.registry.find(part.dataset.partition("[")[0])
+        assert f"  {cls.folder or cls.required[0].partition('/')[0]}/" in text, cls.name
 
 
 def test_the_examples_of_other_models(capsys):

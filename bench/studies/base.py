@@ -127,7 +127,7 @@ def lacking(
     weights = [part.weights for part in parts if not part.weights.find(weights_root)]
     stems = {how: list(dict.fromkeys(w.stem for w in weights if w.how == how)) for how in (w.how for w in weights)}
     where = f"under {weights_root}" if weights_root else "(give --weights-root)"
-    lines = [line for line in errors.values() if line]
+    lines = [line for line in dict.fromkeys(errors.values()) if line]
     lines += [f"no {_alternatives(names)}.safetensors or .pth {where}: {how}." for how, names in stems.items()]
     return {part.name: bool(errors[part.dataset]) + (part.weights in weights) for part in parts}, lines
 

@@ -16,9 +16,9 @@ from bench import models, performance, recipes
 from bench.problem import Problem, Shard
 from bench.runner import Progress
 from bench.store import key
-from bench.studies import goncalves2022_figures as figures
 from bench.studies.base import PUBLISHED, TRIVIAL, Done, Part, Section, Study, Weights
 from leaderboards import beside, statistics
+from leaderboards import survey_figures as figures
 
 
 class Kind(NamedTuple):
@@ -99,7 +99,7 @@ class Goncalves2022(Study):
         accuracy = _accuracy(done, self.published)
         for dataset, rows in accuracy.groupby("dataset", sort=False):
             name = f"accuracy_{DATASETS[str(dataset)]}"
-            picture = figures.accuracy(rows, PRETRAINED, out / f"{name}.png")
+            picture = figures.accuracy(rows, KINDS, out / f"{name}.png")
             caption = {f"{dataset}: accuracy by share of the training images": picture}
             yield Section(name, f"{dataset}: accuracy, published and ours", self.remarks, rows[_BRIEF], caption)
         yield Section("accuracy", "All figures, with 95 % intervals", "", accuracy)
@@ -112,6 +112,7 @@ class Goncalves2022(Study):
 
 
 PRETRAINED = {name: kind.pretrained for name, kind in MODELS.items()}
+KINDS = {name: (kind.backbone or name, kind.pretrained) for name, kind in MODELS.items()}
 _BRIEF = ["model", "pretrained", "fraction", "published", "accuracy", "accuracy_low", "accuracy_high", "majority"]
 _BRIEF += ["balanced_accuracy", "auroc", "auprc", "prevalence"]
 _PARAMETERS = (
@@ -332,7 +333,7 @@ def _explanations(done: Sequence[Done], out: Path) -> Iterator[Section]:
     pictures = {}
     for dataset, rows in brief.groupby("dataset", sort=False):
         path = out / f"explanations_{DATASETS[str(dataset)]}.png"
-        pictures[f"{dataset}: srg over the best trivial row"] = figures.explanations(rows, PRETRAINED, path)
+        pictures[f"{dataset}: srg over the best trivial row"] = figures.explanations(rows, KINDS, path)
     yield Section("explanations", "Scores of the explanations", _SCORES, brief, pictures)
     yield Section("explanations_all", "Every score, trivial rows included", "", table)
 

@@ -1,4 +1,4 @@
-"""The pictures of `goncalves2022`."""
+"""Figures of the survey of attention mechanisms (Goncalves et al. 2022), as PNG files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from captum.attr import visualization
@@ -18,7 +17,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from explainer_bench import write_atomically
 
-_LINE = {True: "-", False: "--"}
+Kinds = Mapping[str, tuple[str, bool]]
+_SHARES = (1, 10, 50, 100)
+_COLOURS = ("#4477aa", "#ee6677", "#66ccee", "#aa3377", "#228833", "#ccbb44", "#222222")  # Tol's, for the colour-blind
+_MARKERS = ("o", "s", "D")
 _CHANCE = "0.4"
 
 
@@ -36,86 +38,85 @@ def _save(figure: Figure, path: Path) -> Path:
     return write_atomically(path, buffer.getvalue())
 
 
-def _colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    return dict(zip(names, matplotlib.colormaps["Dark2"].colors, strict=False))  # type: ignore[attr-defined]
-
-
-def _of_models(table: pd.DataFrame, pretrained: Mapping[str, bool]) -> Iterator[tuple[pd.DataFrame, dict[str, object]]]:
-    """Yield each model's rows by share, and how it is drawn: the same in every figure; dashed where not pretrained."""
-    colours = _colours(list(pretrained))
-    for i, name in enumerate(pretrained):
+def _of_models(table: pd.DataFrame, kinds: Kinds) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
+    """Yield each model's rows by share, with places that keep intervals apart, and how it is drawn in every figure."""
+    backbones = list(dict.fromkeys(backbone for backbone, _ in kinds.values()))
+    for number, (name, (backbone, pretrained)) in enumerate(kinds.items()):
         rows = table[table["model"] == name].sort_values("fraction")
-        label = name if pretrained[name] else f"{name}, from scratch"
-        style = {"color": colours[name], "label": label, "linestyle": _LINE[pretrained[name]], "marker": "o"}
-        shift = 1.04 ** (i - (len(pretrained) - 1) / 2)  # so that intervals do not hide each other
-        yield rows.assign(x=rows["fraction"] * shift), {**style, "markersize": 4, "linewidth": 1.3}
+        shift = 0.09 * (number - (len(kinds) - 1) / 2)
+        style = {
+            "color": _COLOURS[number],
+            "marker": _MARKERS[backbones.index(backbone)],
+            "linestyle": "-" if pretrained else "--",
+            "label": name if pretrained else f"{name}, from scratch",
+        }
+        yield rows.assign(x=rows["fraction"].map(_SHARES.index) + shift), style
 
 
-def _shares(axes: Axes) -> None:
-    ticks = [1, 10, 50, 100]
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+def _draw(axes: Axes, rows: pd.DataFrame, style: Mapping[str, Any], column: str) -> None:
+    axes.plot(rows["x"], rows[column], markersize=4.5, linewidth=1.2, **style)
+    if f"{column}_low" in rows:
+        axes.vlines(rows["x"], rows[f"{column}_low"], rows[f"{column}_high"], color=style["color"], linewidth=1)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks(range(len(_SHARES)), [str(share) for share in _SHARES])
+    axes.set_xlim(-0.45, len(_SHARES) - 0.55)
     axes.set_xlabel("% of the training images")
     axes.grid(alpha=0.3)
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, style: dict[str, object], column: str) -> None:
-    axes.plot(rows["x"], rows[column], **style)  # type: ignore[arg-type]
-    if f"{column}_low" in rows:
-        axes.vlines(rows["x"], rows[f"{column}_low"], rows[f"{column}_high"], color=style["color"], linewidth=1)  # type: ignore[arg-type]
-
-
-def accuracy(table: pd.DataFrame, pretrained: Mapping[str, bool], path: Path) -> Path:
-    """Draw published accuracy, ours, and our balanced accuracy and AUROC over the share of the training images.
+def accuracy(table: pd.DataFrame, kinds: Kinds, path: Path) -> Path:
+    """Draw published accuracy, ours, and our balanced accuracy and AUROC by the share of the training images.
 
     Parameters
     ----------
     table : DataFrame
         ``model, fraction, published, accuracy, balanced_accuracy, auroc``, with ``_low`` and ``_high``, and
         ``majority``.
-    pretrained : mapping
-        Every model, and whether it began from ImageNet weights.
+    kinds : mapping
+        Of every model its backbone, and whether it began from ImageNet weights.
     path : Path
         The PNG file.
     """
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
     panels = {"published": "accuracy, published", "accuracy": "accuracy, ours"}
     panels |= {"balanced_accuracy": "balanced accuracy, ours", "auroc": "AUROC, ours"}
-    grid = figure.subplots(1, len(panels), sharey=True)
+    cells = figure.subplots(1, len(panels))
+    cells[1].sharey(cells[0])
+    cells[3].sharey(cells[2])
     majority = float(table["majority"].iloc[0])
-    for axes, (column, title) in zip(grid, panels.items(), strict=True):
-        level = 0.5 if column in ("balanced_accuracy", "auroc") else majority
+    for axes, (column, title) in zip(cells, panels.items(), strict=True):
+        level = majority if column in ("published", "accuracy") else 0.5
         axes.axhline(level, color=_CHANCE, linestyle=":", label="always the more frequent class")
-        for rows, style in _of_models(table, pretrained):
+        for rows, style in _of_models(table, kinds):
             _draw(axes, rows, style, column)
-        axes.set_title(title, fontsize=10)
-        _shares(axes)
-    figure.legend(*grid[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+        _finish(axes, title)
+    figure.legend(*cells[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return _save(figure, path)
 
 
-def explanations(table: pd.DataFrame, pretrained: Mapping[str, bool], path: Path) -> Path:
+def explanations(table: pd.DataFrame, kinds: Kinds, path: Path) -> Path:
     """Draw, for every method, srg over the best trivial row by the share of the training images.
 
     Parameters
     ----------
     table : DataFrame
         ``model, fraction, explainer, over_trivial, over_trivial_low, over_trivial_high``.
-    pretrained, path
+    kinds, path
         As for `accuracy`.
     """
     methods = list(table["explainer"].unique())
-    figure = Figure(figsize=(3 * len(methods) + 2, 3.8), layout="constrained")
-    grid = np.atleast_1d(figure.subplots(1, len(methods), sharey=True))
-    for axes, method in zip(grid, methods, strict=True):
+    figure = Figure(figsize=(2.7 * len(methods) + 2.5, 4), layout="constrained")
+    cells = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    for axes, method in zip(cells, methods, strict=True):
         axes.axhline(0, color=_CHANCE, linestyle=":", label="best trivial row")
-        for rows, style in _of_models(table[table["explainer"] == method], pretrained):
+        for rows, style in _of_models(table[table["explainer"] == method], kinds):
             _draw(axes, rows, style, "over_trivial")
-        axes.set_title(method, fontsize=10)
-        _shares(axes)
-    grid[0].set_ylabel("srg over the best trivial row")
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+        _finish(axes, method)
+    cells[0].set_ylabel("srg over the best trivial row")
+    figure.legend(*cells[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return _save(figure, path)
 
 
