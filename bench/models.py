@@ -281,7 +281,10 @@ def _from_architecture(
     if head is not None:
         joined = {f"{classifier}.{key}": value for key, value in checkpoints.read_head(Path(str(head))).items()}
         found = found._replace(state={**found.state, **joined})
-    kwargs: dict[str, Any] = {"img_size": img_size} if img_size else {}
+    kwargs: dict[str, Any] = {}
+    if img_size is not None:
+        _check_size(architecture, img_size)
+        kwargs["img_size"] = img_size
     if found.format == "mae_finetuned" and pooling is None:
         kwargs["global_pool"] = "avg"
     model = create(architecture, name, num_classes=_count_classes(found.state, classifier), **kwargs)
@@ -293,6 +296,20 @@ def _from_architecture(
     _check_head(model.module, state, classifier, found.path, head)
     load_strict(model.module, state, found.path, name)
     return _named(model, preprocessing, found)
+
+
+def _check_size(architecture: str, img_size: object) -> None:
+    """Refuse an image size that an architecture has no parameter for or that its patches do not divide."""
+    if not isinstance(img_size, int) or img_size < 1:
+        raise RequestError(f"img_size={img_size} is not a number of pixels.")
+    try:
+        with torch.device("meta"):
+            module = timm.create_model(architecture, img_size=img_size)
+    except TypeError as error:
+        raise RequestError(f"model {architecture!r} takes no img_size: leave it out.") from error
+    patch = getattr(getattr(module, "patch_embed", None), "patch_size", (1, 1))
+    if img_size % patch[0] or img_size % patch[1]:
+        raise RequestError(f"img_size={img_size} is not a multiple of the patch's {patch[0]} pixels.")
 
 
 def _check_head(module: nn.Module, state: Mapping[str, Tensor], classifier: str, path: Path, head: str | None) -> None:
@@ -361,7 +378,7 @@ def _choose(
         return default or preprocessing.whole_image(cfg, size)
     if wanted == preprocessing.OF_TIMM:
         return preprocessing.of_timm(cfg, size)
-    chosen = wanted if isinstance(wanted, Preprocessing) else preprocessing.find(wanted)
+    chosen = wanted if isinstance(wanted, Preprocessing) else preprocessing.find(str(wanted))
     return chosen.scaled_to(size) if default or _only_size(module) else chosen
 
 

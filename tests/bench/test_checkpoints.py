@@ -397,6 +397,10 @@ def test_backbones_warn_where_the_model_normalises_otherwise(files):
         ("vit_small_patch8_224", "weights={supervised}", "not a checkpoint of vit_small_patch8_224"),
         ("resnet18", "weights={bare}", r"not a checkpoint of resnet18: conv1\.weight is missing"),
         ("dino_vits9", "weights={bare}", "Did you mean dino_vits8"),
+        (TINY, "weights={supervised},img_size=100", "img_size=100 is not a multiple of the patch's 16 pixels"),
+        (TINY, "weights={supervised},img_size=big", "img_size=big is not a number of pixels"),
+        ("resnet18", "weights={supervised},img_size=96", "model 'resnet18' takes no img_size"),
+        (TINY, "weights={supervised},preprocessing=3", "unknown preprocessing '3'"),
         (TINY, "weights={bare},heads=x", "no parameter 'heads'. Did you mean head"),
     ],
 )

@@ -41,7 +41,7 @@ def images(side: int = 64) -> Tensor:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_are_the_published_ones(name):
-    assert count(on_meta(name)) == count(on_meta(name, num_classes=2, img_size=224)) == COUNTS[name]
+    assert count(on_meta(name)) == COUNTS[name]
 
 
 def test_deit_counts_more_than_published_which_left_the_bare_parameters_out():
@@ -162,21 +162,16 @@ def test_number_and_places_of_the_gates(name, number, gate, kind):
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_studys_explainers_work(name):
     torch.manual_seed(0)
-    model = models.create(name, class_names="ab", img_size=64)
-    for explainer in map(adapters.get, ("deeplift", "lrp_epsilon", "gradcam")):
-        assert explainer.supports(model.module) is None
-        maps = explainer(model.module, images(), np.array([0, 1]))
-        assert maps.shape == (2, 1, 64, 64) and np.isfinite(maps).all()
-        assert maps.std() > 0 or explainer.name == "gradcam"  # which may be clipped away whole
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_deeplift_is_complete_without_gates(name):
-    torch.manual_seed(0)
     module = models.create(name, class_names="ab", img_size=64).module
-    maps = adapters.get("deeplift")(module, images(), np.array([0, 1]))
-    difference = (module(images()) - module(torch.zeros(1, 3, 64, 64)))[[0, 1], [0, 1]]
-    np.testing.assert_allclose(maps.sum((1, 2, 3)), difference.numpy(), rtol=1e-3, atol=1e-4)
+    maps = {}
+    for explainer in map(adapters.get, ("deeplift", "lrp_epsilon", "gradcam")):
+        assert explainer.supports(module) is None
+        maps[explainer.name] = explainer(module, images(), np.array([0, 1]))
+        assert maps[explainer.name].shape == (2, 1, 64, 64) and np.isfinite(maps[explainer.name]).all()
+    assert maps["deeplift"].std() > 0 and maps["lrp_epsilon"].std() > 0  # Grad-CAM's may be clipped away whole
+    if name in PLAIN:  # with gates, DeepLIFT's maps do not sum to the difference
+        difference = (module(images()) - module(torch.zeros(1, 3, 64, 64)))[[0, 1], [0, 1]]
+        np.testing.assert_allclose(maps["deeplift"].sum((1, 2, 3)), difference.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_sizes_that_do_not_divide_are_refused():
