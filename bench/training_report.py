@@ -96,12 +96,13 @@ def _data(recipe: Recipe, report: dict[str, Any]) -> str:
 
 
 def _training(recipe: Recipe, report: dict[str, Any]) -> str:
-    changed = {
-        key: value for key, value in report["params"].items() if key in recipe.model_fields_set and key != "kwargs"
-    }
-    rows = [(key, f"`{json.dumps(value)}`") for key, value in changed.items()]
+    hidden = {"name", "description", "source", "notes", "kwargs", "published_epoch"}  # they stand elsewhere
+    fields = recipe.model_dump(mode="json", exclude=hidden)
+    fields["augment"] = recipe.augment.model_dump(mode="json", exclude_defaults=True)
+    rows = [(key, f"`{json.dumps(value)}`") for key, value in fields.items() if value or key in recipe.model_fields_set]
     history, best = report["history"], report["best_epoch"]
-    kept = f"{len(history)} epochs; epoch {best} has the least validation loss, {history[best - 1]['val_loss']:.4f}."
+    kept = f"Epochs: {len(history)}; number {best} has the least validation loss, {history[best - 1]['val_loss']:.4f}."
+    kept += f" The source kept number {recipe.published_epoch}." if recipe.published_epoch else ""
     source = f" Source: {recipe.source}." if recipe.source else ""
     notes = f"\n\n{recipe.notes}" if recipe.notes else ""
     place = f"Seed {report['seed']}, on {report['device']}, PyTorch {report['torch']}."

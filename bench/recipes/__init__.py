@@ -10,6 +10,7 @@ from bench.recipes.base import Augment, Recipe
 from explainer_bench import RequestError, did_you_mean, parse_spec
 
 _FOLDER = Path(__file__).parent
+_SUFFIXES = (".yaml", ".yml")
 
 
 def names() -> list[str]:
@@ -45,9 +46,6 @@ def get(spec: str, **changes: Any) -> Recipe:
         where = f", parameter {'.'.join(map(str, first['loc']))!r}" if first["loc"] else ""
         said = first["msg"].removeprefix("Value error, ").rstrip(".")
         raise RequestError(f"recipe {name!r}{where}: {said}.") from error
-
-
-_SUFFIXES = (".yaml", ".yml")
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -115,13 +115,14 @@ def test_the_figures_are_those_of_the_stored_weights(tmp_path):
 
 
 def test_the_card_states_figures_with_intervals(tmp_path):
-    report = training.train(toy(epochs=1, evidence="finding"), tmp_path, fraction=0.5)
+    report = training.train(toy(epochs=1, evidence="finding", augment={"flip": True}), tmp_path, fraction=0.5)
     card = (tmp_path / "toy_0.5.md").read_text()
     low, high = report["intervals"]["test"]["auroc"]
     assert low < report["test"]["auroc"] < high
     assert f"{report['test']['auroc']:.3f} ({low:.3f} to {high:.3f})" in card
     for line in ("balanced accuracy", "AUPRC", "expected calibration error", "## Intended use", "50.00% of the whole"):
         assert line in card
+    assert "| lr | `0.001` |" in card and '| augment | `{"flip": true}` |' in card
     assert "(toy_0.5.curve.png)" in card and (tmp_path / "toy_0.5.curve.png").exists()
     assert models.get(report["checkpoint"]).meta["evidence"] == "finding" and "region `finding`" in card
 
