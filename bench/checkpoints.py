@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -163,6 +164,35 @@ def _recognise(state: Mapping[str, Tensor], wrapper: str) -> str:
     return "backbone" if is_vit and "head.weight" not in state else "supervised"
 
 
+def read_for(path: Path, architecture: str) -> Checkpoint:
+    """Read weights of an architecture; `fc_norm` tells of a fine-tuned MAE only where that has `norm` by itself."""
+    found = read(path)
+    if found.format == "mae_finetuned":
+        with torch.device("meta"):
+            own = timm.create_model(architecture).state_dict()
+        return found._replace(format="supervised") if "fc_norm.weight" in own else found
+    return found
+
+
+def trained_with(found: Checkpoint, architecture: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std that weights were trained with: the header's, the format's, or timm's for the architecture.
+
+    Parameters
+    ----------
+    found : Checkpoint
+        What was read.
+    architecture : str
+        A name of timm's. A tag in it says whose weights they are, and timm then knows.
+    """
+    if found.header:
+        return tuple(found.header["preprocessing"]["mean"]), tuple(found.header["preprocessing"]["std"])
+    format_, cfg = FORMATS[found.format], timm.get_pretrained_cfg(architecture)
+    tells = "." in architecture or (cfg and not cfg.num_classes)  # a tag, or weights that never had a classifier
+    if format_.mean and format_.std and not tells:
+        return format_.mean, format_.std
+    return (tuple(cfg.mean), tuple(cfg.std)) if cfg else (IMAGENET_MEAN, IMAGENET_STD)
+
+
 def read_head(path: Path) -> dict[str, Tensor]:
     """Read a linear classifier that was trained on a frozen backbone: DINO's file or a plain one.
 
@@ -181,6 +211,35 @@ def read_head(path: Path) -> dict[str, Tensor]:
         held = ", ".join(sorted(state)[:4])
         raise RequestError(f"{path} is not a linear classifier: it holds {held} instead of linear.weight and .bias.")
     return state
+
+
+def check_head(module: nn.Module, state: Mapping[str, Tensor], classifier: str, path: Path, head: str | None) -> None:
+    """Say what to do where nothing but a classifier on the model's own features is missing.
+
+    Parameters
+    ----------
+    module : nn.Module
+        What is to load `state`.
+    state : mapping
+        Adapted weights, a joined classifier included.
+    classifier : str
+        Name of the classifier's layer.
+    path, head : Path, str or None
+        The files of weights and classifier, for the message.
+
+    Raises
+    ------
+    RequestError
+        Where the classifier is missing or reads other features.
+    """
+    own = module.state_dict()
+    if {key for key in own if key not in state} == {f"{classifier}.weight", f"{classifier}.bias"}:
+        line = f"{path} has no classifier: join a linear one with head=FILE, or fine-tune it with explainer-bench train"
+        raise RequestError(f"{line}.")
+    weight = f"{classifier}.weight"
+    if head is not None and state[weight].shape != own[weight].shape:
+        line = f"{head} reads {state[weight].shape[1]} features, the model has {own[weight].shape[1]}"
+        raise RequestError(f"{line}: DINO's own heads read several blocks or the mean patch, too; train one on CLS.")
 
 
 def adapt(found: Checkpoint, module: nn.Module, pooling: str | None = None) -> dict[str, Tensor]:

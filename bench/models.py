@@ -225,7 +225,7 @@ def _named(model: Model, name: str | None, found: Checkpoint) -> Model:
 
 
 def _warn_of_normalisation(model: Model, found: Checkpoint) -> None:
-    mean, std = _trained_with(model.architecture, found)
+    mean, std = checkpoints.trained_with(found, model.architecture)
     if not model.preprocessing.normalises_as(mean, std):
         own = f"mean {_numbers(model.preprocessing.mean)}, std {_numbers(model.preprocessing.std)}"
         theirs = f"mean {_numbers(mean)}, std {_numbers(std)}"
@@ -235,27 +235,6 @@ def _warn_of_normalisation(model: Model, found: Checkpoint) -> None:
 
 def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.3g}" for value in (values if len(set(values)) > 1 else values[:1]))
-
-
-def _trained_with(architecture: str, found: Checkpoint) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that weights were trained with: the header's, the format's, or timm's for the architecture."""
-    if found.header:
-        return tuple(found.header["preprocessing"]["mean"]), tuple(found.header["preprocessing"]["std"])
-    format_, cfg = checkpoints.FORMATS[found.format], timm.get_pretrained_cfg(architecture)
-    tells = "." in architecture or (cfg and not cfg.num_classes)  # a tag, or weights that never had a classifier
-    if format_.mean and format_.std and not tells:
-        return format_.mean, format_.std
-    return (tuple(cfg.mean), tuple(cfg.std)) if cfg else (preprocessing.IMAGENET_MEAN, preprocessing.IMAGENET_STD)
-
-
-def _read(path: Path, architecture: str) -> Checkpoint:
-    """Read weights; `fc_norm` tells of a fine-tuned MAE only where the architecture itself has `norm`."""
-    found = checkpoints.read(path)
-    if found.format == "mae_finetuned":
-        with torch.device("meta"):
-            own = timm.create_model(architecture).state_dict()
-        return found._replace(format="supervised") if "fc_norm.weight" in own else found
-    return found
 
 
 def _fourteenth(side: int) -> int:
@@ -274,32 +253,31 @@ def _from_architecture(
     _check_name(architecture)
     if weights is None:
         raise RequestError(f"model {name!r} needs its weights, nothing is downloaded: write {name}[weights=FILE].")
-    found = _read(Path(str(weights)), architecture)
+    found = checkpoints.read_for(Path(str(weights)), architecture)
     if found.header.get("architecture") == architecture and not (head or pooling or img_size):
         return _from_checkpoint(found, preprocessing)
     classifier = _classifier(architecture)
     if head is not None:
         joined = {f"{classifier}.{key}": value for key, value in checkpoints.read_head(Path(str(head))).items()}
         found = found._replace(state={**found.state, **joined})
-    kwargs: dict[str, Any] = {}
-    if img_size is not None:
-        _check_size(architecture, img_size)
-        kwargs["img_size"] = img_size
+    kwargs = _sized(architecture, img_size)
     if found.format == "mae_finetuned" and pooling is None:
         kwargs["global_pool"] = "avg"
     model = create(architecture, name, num_classes=_count_classes(found.state, classifier), **kwargs)
     if found.header:
         model.preprocessing = Preprocessing.from_json(found.header["preprocessing"]).scaled_to(model.input_size)
-    mean, std = _trained_with(architecture, found)
+    mean, std = checkpoints.trained_with(found, architecture)
     model.preprocessing = replace(model.preprocessing, mean=mean, std=std)
     state = checkpoints.adapt(found, model.module, pooling)
-    _check_head(model.module, state, classifier, found.path, head)
+    checkpoints.check_head(model.module, state, classifier, found.path, head)
     load_strict(model.module, state, found.path, name)
     return _named(model, preprocessing, found)
 
 
-def _check_size(architecture: str, img_size: object) -> None:
+def _sized(architecture: str, img_size: object) -> dict[str, Any]:
     """Refuse an image size that an architecture has no parameter for or that its patches do not divide."""
+    if img_size is None:
+        return {}
     if not isinstance(img_size, int) or img_size < 1:
         raise RequestError(f"img_size={img_size} is not a number of pixels.")
     try:
@@ -310,18 +288,7 @@ def _check_size(architecture: str, img_size: object) -> None:
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", (1, 1))
     if img_size % patch[0] or img_size % patch[1]:
         raise RequestError(f"img_size={img_size} is not a multiple of the patch's {patch[0]} pixels.")
-
-
-def _check_head(module: nn.Module, state: Mapping[str, Tensor], classifier: str, path: Path, head: str | None) -> None:
-    """Say what to do where nothing but a classifier on the model's own features is missing."""
-    own = module.state_dict()
-    if {key for key in own if key not in state} == {f"{classifier}.weight", f"{classifier}.bias"}:
-        line = f"{path} has no classifier: join a linear one with head=FILE, or fine-tune it with explainer-bench train"
-        raise RequestError(f"{line}.")
-    weight = f"{classifier}.weight"
-    if head is not None and state[weight].shape != own[weight].shape:
-        line = f"{head} reads {state[weight].shape[1]} features, the model has {own[weight].shape[1]}"
-        raise RequestError(f"{line}: DINO's own heads read several blocks or the mean patch, too; train one on CLS.")
+    return {"img_size": img_size}
 
 
 def create(
@@ -406,7 +373,7 @@ def load_backbone(model: Model, path: Path, pooling: str | None = None) -> None:
     RequestWarning
         Where the model's preprocessing normalises otherwise than the weights were trained with.
     """
-    found = _read(Path(path), model.architecture)
+    found = checkpoints.read_for(Path(path), model.architecture)
     own, state = model.module.state_dict(), checkpoints.adapt(found, model.module, pooling)
     fresh = [f"{_classifier(model.architecture)}.", *cnns.gates(own, state)]
     kept = {key: value for key, value in state.items() if not key.startswith(tuple(fresh))}

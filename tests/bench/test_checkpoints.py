@@ -357,9 +357,9 @@ def test_an_architecture_that_averages_by_itself_is_no_mae(tmp_path):
     module = source("vit_tiny_patch16_224.augreg_in21k_ft_in1k", global_pool="avg")
     path = saved(tmp_path, module.state_dict())
     before = torch.random.get_rng_state()
-    assert models._read(path, TINY).format == "mae_finetuned"
+    assert checkpoints.read_for(path, TINY).format == "mae_finetuned"
     assert torch.equal(before, torch.random.get_rng_state())
-    assert models._read(path, "vit_base_patch16_rpn_224").format == "supervised"
+    assert checkpoints.read_for(path, "vit_base_patch16_rpn_224").format == "supervised"
 
 
 def test_a_checkpoint_of_ours_at_another_image_size(tmp_path):
