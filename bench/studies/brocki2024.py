@@ -60,7 +60,7 @@ GROUPS = {
     "class_sensitivity": (*SENSITIVITY, *LEAST),
     "localization": LOCALIZATION,
 }
-N_PICTURED = 4
+N_PICTURED = 3
 
 
 class Brocki2024(Study):
@@ -69,6 +69,10 @@ class Brocki2024(Study):
     Correctness: what the logit does as pixels go, most and least important first, and in random boxes. Compactness:
     how many scores are next to nothing. Class sensitivity: how alike the maps of two classes are. ImageNet: DINO
     ViT-S/8 with a linear classifier, the predicted class; LIDC-IDRI: the same backbone trained end to end, malignancy.
+
+    An image of ImageNet has 784 tokens, and token ablation takes a forward pass for each, of every class that is
+    compared. The eight curves of an explainer take 39 passes each, the boxes 600 for all together: start with fewer
+    images (``--samples 50``).
 
     Parameters
     ----------
@@ -106,8 +110,8 @@ class Brocki2024(Study):
 
     def _imagenet(self) -> Part:
         how = (
-            "explainer-bench train brocki2024_imagenet --weights dino_deitsmall8_pretrain.pth (a linear classifier on "
-            "frozen DINO; the authors publish no weights)"
+            "explainer-bench train brocki2024_imagenet --weights dino_deitsmall8_pretrain.pth, or one file of DINO's "
+            "ViT-S/8 with a linear classifier as head.weight and head.bias"
         )
         return Part(
             names={"dataset": IMAGENET, "model": MODEL},

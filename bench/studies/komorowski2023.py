@@ -166,8 +166,7 @@ _MASKED = (
 
 
 def _weights(study: str) -> Weights:
-    how = f"explainer-bench train {STEMS[study]}; no weights are published"
-    return Weights(STEMS[study], how, "vit_base_patch16_224", "komorowski2023")
+    return Weights(STEMS[study], f"explainer-bench train {STEMS[study]}", "vit_base_patch16_224", "komorowski2023")
 
 
 def _trimmed(table: pd.DataFrame) -> pd.DataFrame:

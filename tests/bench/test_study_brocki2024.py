@@ -35,7 +35,7 @@ def imagenet(tmp_path_factory):
     root = make("imagenet", tmp_path_factory.mktemp("data"))
     given, out = weights(root / "weights", "imagenet", "brocki2024_imagenet"), tmp_path_factory.mktemp("out")
     result = reproduction.reproduce(
-        "brocki2024", out, data_root=root, weights_root=given, samples=5, device="cpu", batch_size=256
+        "brocki2024", out, data_root=root, weights_root=given, samples=4, device="cpu", batch_size=256
     )
     return result, out
 
@@ -52,7 +52,7 @@ def lidc(tmp_path_factory):
         out,
         data_root=root,
         weights_root=given,
-        samples=3,
+        samples=2,
         device="cpu",
         batch_size=256,
     )
@@ -77,7 +77,7 @@ def test_published_values_stand_beside_ours(imagenet):
     table = pd.read_csv(imagenet[1] / "beside.csv")
     assert len(table) == 7 + 6
     row = table.set_index(["metric", "explainer"]).loc[("token_compactness", "cdam")]
-    assert row["published"] == 0.8380 and "1,000 images" in row["mark"] and row["n"] == 5
+    assert row["published"] == 0.8380 and "1,000 images" in row["mark"] and row["n"] == 4
     assert table["published"].notna().sum() == 10 and np.isfinite(table["ours"]).all()
 
 
