@@ -16,14 +16,13 @@ import torch
 
 from bench import datasets, learning, models, performance, recipes, training_report
 from bench.datasets.base import Dataset, Sample
-from bench.datasets.files import deal
 from bench.learning import Progress, Split, State
 from bench.models import Model
 from bench.performance import Performance
 from bench.recipes import Recipe
 from explainer_bench import RequestError, __version__, write_atomically
 
-VAL_SHARE = 0.05  # of the training split's groups, where a data set has no validation split
+VAL_SHARE = 0.05  # of the training split, where a data set has no validation split
 _WORDS = {"name", "description", "source", "notes", "published_epoch"}  # of a recipe, that change no number
 
 
@@ -144,7 +143,7 @@ def create(recipe: Recipe, weights: Path | None, outputs: Sequence[str]) -> Mode
 def choose(recipe: Recipe, root: Path | None, fraction: float = 1.0, seed: int = 0) -> dict[str, Part]:
     """Return what to train, to validate and to test on.
 
-    Where the data set has no validation split, a twentieth of the training split's groups is one.
+    Where the data set has no validation split, a twentieth of the training split is one.
     """
     sizes = {"train": recipe.size, "val": recipe.val_size, "test": recipe.test_size}
     parts: dict[str, Part] = {}
@@ -163,11 +162,10 @@ def choose(recipe: Recipe, root: Path | None, fraction: float = 1.0, seed: int =
 
 
 def _held_out(train: Part) -> dict[str, Part]:
-    groups, labels = [s.group for s in train.samples], [s.label for s in train.samples]
-    split = deal(groups, labels, 0, {"train": 1 - VAL_SHARE, "val": VAL_SHARE})
-    held = {
-        name: [s for s, mine in zip(train.samples, split, strict=True) if mine == name] for name in ("train", "val")
-    }
+    """Divide a training split: whole groups of a share of every class, at least one, become the validation split."""
+    groups = {sample.group for sample in subset(train.samples, VAL_SHARE)}
+    held = {"train": [s for s in train.samples if s.group not in groups]}
+    held["val"] = [s for s in train.samples if s.group in groups]
     return {name: train._replace(samples=samples) for name, samples in held.items()}
 
 
