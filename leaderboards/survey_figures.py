@@ -13,6 +13,7 @@ import pandas as pd
 from captum.attr import visualization
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from explainer_bench import write_atomically
@@ -121,41 +122,43 @@ def explanations(table: pd.DataFrame, kinds: Kinds, path: Path) -> Path:
 
 
 def grid(rows: Sequence[str], images: Sequence[np.ndarray], columns: Sequence[Column], path: Path) -> Path:
-    """Draw images, a row each, with the maps of every model and method blended over them, as the study did.
+    """Draw images with the maps of every model, a column each, and every method, below one another; as the study did.
 
     Parameters
     ----------
     rows : sequence of str
-        What stands before each row.
+        What stands before each image.
     images : sequence of ndarray
         (H, W, 3) uint8.
     columns : sequence of Column
-        One map per image each, those of a model one after another.
+        One map per image each, those of a model one after another; what is not in the first model's row is named.
     path : Path
         The PNG file.
     """
-    count = len(columns) + 1
+    by_model = {model: list(group) for model, group in groupby(columns, key=lambda column: column.model)}
+    methods = [column.method for column in max(by_model.values(), key=len)]
+    size = 1.75 * (len(by_model) + 1) + 0.3, 1.75 * len(images) * len(methods) + 0.4
     layout = ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
-    figure = Figure(figsize=(1.55 * count + 0.3, 1.6 * len(images) + 0.75), layout=layout)
-    cells = figure.subplots(len(images), count, squeeze=False)
+    figure = Figure(figsize=size, layout=layout)
+    space = figure.add_gridspec(len(images) * len(methods), len(by_model) + 1)
     for i, image in enumerate(images):
-        cells[i, 0].imshow(image)
-        cells[i, 0].set_ylabel(rows[i], fontsize=9)
-        for axes, column in zip(cells[i, 1:], columns, strict=True):
-            _blend(figure, axes, image, column.maps[i])
-        for axes in cells[i]:
-            axes.set(xticks=[], yticks=[])
-    for axes, title in zip(cells[0], _titles(columns), strict=True):
-        axes.set_title(title, fontsize=8.5)
+        first = i * len(methods)
+        _cell(figure, space[first, 0], "image" if i == 0 else "", rows[i]).imshow(image)
+        for place, (model, of_model) in enumerate(by_model.items(), start=1):
+            for line, (column, usual) in enumerate(zip(of_model, methods, strict=False)):
+                own = f"{model}, {column.method}" if column.method != usual else ""
+                title = own or (model if i == line == 0 else "")
+                axes = _cell(figure, space[first + line, place], title, usual if place == 1 else "")
+                _blend(figure, axes, image, column.maps[i])
     return _save(figure, path)
 
 
-def _titles(columns: Sequence[Column]) -> list[str]:
-    """Name the model over its first column only."""
-    titles = ["image"]
-    for model, group in groupby(columns, key=lambda column: column.model):
-        titles += [f"{model if i == 0 else ''}\n{column.method}" for i, column in enumerate(group)]
-    return titles
+def _cell(figure: Figure, place: SubplotSpec, title: str, label: str) -> Axes:
+    axes = figure.add_subplot(place)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
+    return axes
 
 
 def _blend(figure: Figure, axes: Axes, image: np.ndarray, values: np.ndarray) -> None:

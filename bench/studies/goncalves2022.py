@@ -102,7 +102,7 @@ class Goncalves2022(Study):
             picture = figures.accuracy(rows, KINDS, out / f"{name}.png")
             caption = {f"{dataset}: accuracy by share of the training images": picture}
             yield Section(name, f"{dataset}: accuracy, published and ours", self.remarks, rows[_BRIEF], caption)
-        yield Section("accuracy", "All figures, with 95 % intervals", "", accuracy)
+        yield Section("accuracy", "All figures, with 95 % intervals", _FIGURES, _long(accuracy))
         attention = _attention(done, self.published)
         if len(attention):
             yield Section("attention", "What attention adds to its own backbone", _ATTENTION, attention)
@@ -118,6 +118,10 @@ _BRIEF += ["balanced_accuracy", "auroc", "auprc", "prevalence"]
 _PARAMETERS = (
     "With two classes. The published count of DeiT leaves out what is no layer: its position embeddings, 197 x 192, "
     "and its class token, 192; torchinfo 1.6.4 did not count them. `over_backbone` is what attention adds."
+)
+_FIGURES = (
+    "AUPRC is the average precision of class 1, ece the expected calibration error in 15 bins of equal width. "
+    "`majority` is what always saying the more frequent class scores; of AUPRC, what any constant does."
 )
 _ATTENTION = (
     "Accuracy of the attention model less that of the plain CNN on the same images, with paired intervals that "
@@ -215,6 +219,20 @@ def _figures(done: Done) -> dict[str, Any]:
         low, high = found.intervals[name]
         row |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return row
+
+
+def _long(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per part and figure, the published one beside accuracy."""
+    table = table.assign(half=0.5, unknown=np.nan)
+    baselines = {"accuracy": "majority", "balanced_accuracy": "half", "auroc": "half", "auprc": "prevalence"}
+    published = ["published", "published_low", "published_high", "mark"]
+    parts = []
+    for name, baseline in {**baselines, "ece": "unknown"}.items():
+        ours = {"ours": name, "ours_low": f"{name}_low", "ours_high": f"{name}_high", "majority": baseline}
+        part = table[[*KEYS, "images", "groups"]].assign(figure=name, **{new: table[old] for new, old in ours.items()})
+        parts.append(part.join(table[published]) if name == "accuracy" else part)
+    merged = pd.concat(parts, ignore_index=True)
+    return merged[[*KEYS, "figure", *published, "ours", "ours_low", "ours_high", "majority", "images", "groups"]]
 
 
 def _attention(done: Sequence[Done], published: pd.DataFrame) -> pd.DataFrame:
