@@ -66,7 +66,7 @@ class Goncalves2022(Study):
         "Published: micro accuracies of one run each, read off the paper's figures to +-0.003; their intervals are "
         "Wilson's where the size of the test split is known (APTOS2019, 550 images, from memory). Only DenseNet-121, "
         "ResNet-50, SEResNet-50 and DeiT began from ImageNet weights: whoever compares attention with none compares "
-        "pretrained with untrained, but for SEResNet-50. Ours: the whole test split; intervals bootstrap whole "
+        "pretrained with untrained, but for SEResNet-50 (`pretrained` is of the study). Ours: the whole test split; intervals bootstrap whole "
         "patients where they are known. Majority is the accuracy of always saying the more frequent class. Shares of "
         "the training images are drawn by class, not by the authors' generator; the images of MIMIC-CXR are chosen by "
         "the public labels, as theirs were not released."
