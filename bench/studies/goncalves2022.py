@@ -12,11 +12,12 @@ import pandas as pd
 import torch
 
 import adapters
-from bench import models, performance, recipes
+from bench import models, recipes
 from bench.problem import Problem, Shard
 from bench.runner import Progress
 from bench.store import key
 from bench.studies.base import PUBLISHED, TRIVIAL, Done, Part, Section, Study, Weights
+from bench.training import performance
 from leaderboards import beside, statistics
 from leaderboards import survey_figures as figures
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from bench.preprocessing import VARIANTS, Preprocessing
+from bench.models.preprocessing import VARIANTS, Preprocessing
 from bench.problem import Shard
 from bench.runner import Known, Run
 from bench.studies.base import Done

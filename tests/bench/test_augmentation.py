@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.augmentation import _DRAWS, draws, vary
 from bench.recipes import Augment
+from bench.training.augmentation import _DRAWS, draws, vary
 
 IDS = [f"train/{i}" for i in range(200)]
 EVERYTHING = Augment(

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import checkpoints, models
-from bench.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from bench import models
+from bench.models import checkpoints
+from bench.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from explainer_bench import RequestError, RequestWarning
 
 State = dict[str, Tensor]
@@ -418,7 +419,7 @@ def test_patches_of_another_size_are_not_resampled(tmp_path):
 
 
 def test_every_format_is_documented():
-    text = (Path(checkpoints.__file__).parents[1] / "docs" / "models.md").read_text()
+    text = (Path(checkpoints.__file__).parents[2] / "docs" / "models.md").read_text()
     for name, format_ in checkpoints.FORMATS.items():
         assert f"\n| {name} " in text
         assert format_.layout and (format_.mean is None) == (name in ("trained here", "supervised"))

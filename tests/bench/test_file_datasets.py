@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import datasets, preprocessing
+from bench import datasets
 from bench.datasets import chung2024
 from bench.datasets.base import Dataset, Sample
+from bench.models import preprocessing
 from explainer_bench import RequestError, RequestWarning
 from tests.bench import layouts
 from tests.bench.layouts import ANNOTATIONS, LAYOUTS, mask

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from bench import datasets, models
-from bench.preprocessing import Preprocessing
+from bench.models.preprocessing import Preprocessing
 from explainer_bench import RequestError
 
 ARCHITECTURE = "vit_tiny_patch16_224"

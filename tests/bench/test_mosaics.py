@@ -13,8 +13,8 @@ import adapters
 from bench import datasets, models
 from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
+from bench.models.preprocessing import Preprocessing
 from bench.mosaics import Mosaics
-from bench.preprocessing import Preprocessing
 from bench.problem import Problem
 from metrics.mosaic import positive_share
 

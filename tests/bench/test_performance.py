@@ -5,7 +5,7 @@ import pytest
 from scipy.special import softmax
 from sklearn import metrics as sk
 
-from bench import performance
+from bench.training import performance
 
 RNG = np.random.default_rng(0)
 NAMES = ("benign", "malignant", "normal")

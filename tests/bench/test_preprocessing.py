@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from bench import cli, models, preprocessing
-from bench.preprocessing import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, Preprocessing
+from bench import cli, models
+from bench.models import preprocessing
+from bench.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, Preprocessing
 from explainer_bench import RequestError, RequestWarning
 
 SHAPES = [(300, 451), (451, 300), (256, 320), (256, 256), (97, 131), (224, 224), (1000, 257)]
@@ -112,7 +113,7 @@ def test_the_published_variants(name, mean, std, side):
 
 
 def test_the_documentation_names_every_variant():
-    text = (Path(preprocessing.__file__).parents[1] / "docs" / "models.md").read_text()
+    text = (Path(preprocessing.__file__).parents[2] / "docs" / "models.md").read_text()
     assert [name for name in [*VARIANTS, preprocessing.OF_TIMM] if f"| `{name}` |" not in text] == []
 
 

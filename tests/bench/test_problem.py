@@ -9,7 +9,7 @@ from torch import nn
 
 from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
-from bench.preprocessing import Preprocessing
+from bench.models.preprocessing import Preprocessing
 from bench.problem import SHARD, Problem
 from explainer_bench import RequestError
 

@@ -3,7 +3,8 @@
 import pytest
 import timm
 
-from bench import models, preprocessing, recipes
+from bench import models, recipes
+from bench.models import preprocessing
 from explainer_bench import RequestError
 
 ALL = recipes.names()

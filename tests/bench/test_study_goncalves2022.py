@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from bench import datasets, models, recipes, reproduction, training
-from bench.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from bench.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from bench.studies import goncalves2022
 from bench.studies.goncalves2022 import DATASETS, FRACTIONS, MODELS
 from leaderboards import beside

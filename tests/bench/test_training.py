@@ -17,14 +17,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from bench import datasets, learning, models, recipes, training
+from bench import datasets, models, recipes, training
 from bench.datasets.base import Sample
+from bench.training import loop
 from explainer_bench import RequestError
 from tests.bench import layouts
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
-HOUSE = Path(training.__file__).parents[1]
+HOUSE = Path(training.__file__).parents[2]
 
 
 def toy(**changes):
@@ -66,7 +67,7 @@ def stop_after(steps):
 
 def parts(recipe, seed=0):
     chosen = training.choose(recipe, None)
-    with learning.seeded(seed):
+    with loop.seeded(seed):
         model = training.create(recipe, None, chosen["train"].dataset.class_names)
     return model, {name: training.read(recipe, *part, model) for name, part in chosen.items()}
 
@@ -136,10 +137,10 @@ def test_early_stopping_restores_the_best_epoch(monkeypatch):
         weights.append(self.module.head.weight.clone())
         return next(losses)
 
-    monkeypatch.setattr(learning.Learner, "validate", validate)
+    monkeypatch.setattr(loop.Learner, "validate", validate)
     recipe = toy(epochs=9, patience=2)
     model, split = parts(recipe)
-    fitted = learning.fit(recipe, model, split["train"], split["val"], "cpu", 0)
+    fitted = loop.fit(recipe, model, split["train"], split["val"], "cpu", 0)
     assert fitted.best_epoch == 2 and len(fitted.history) == 4
     assert torch.equal(model.module.head.weight, weights[1]) and not torch.equal(weights[1], weights[3])
     assert not model.module.training and not any(p.requires_grad for p in model.module.parameters())
@@ -260,8 +261,8 @@ def test_a_foreign_state_is_refused(tmp_path, content):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_read_batch_by_batch_give_the_same_numbers(tmp_path, monkeypatch, workers):
     held = training.train(toy(**RANDOM, epochs=2), tmp_path / "held")
-    monkeypatch.setattr(learning, "IN_MEMORY", 0)
-    monkeypatch.setattr(learning.Split, "keep", lambda self: pytest.fail("kept in memory"))
+    monkeypatch.setattr(loop, "IN_MEMORY", 0)
+    monkeypatch.setattr(loop.Split, "keep", lambda self: pytest.fail("kept in memory"))
     read = training.train(toy(**RANDOM, epochs=2), tmp_path / "read", workers=workers)
     assert read["model_fingerprint"] == held["model_fingerprint"] and read["test"] == held["test"]
 
@@ -287,7 +288,7 @@ def test_a_frozen_backbone_stays(tmp_path):
     recipe = toy(freeze_backbone=True, dropout=0.5, epochs=1, weight_decay=0.1)
     model, split = parts(recipe)
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
-    learning.fit(recipe, model, split["train"], split["val"], "cpu", 0)
+    loop.fit(recipe, model, split["train"], split["val"], "cpu", 0)
     changed = {key for key, value in model.module.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"head.weight", "head.bias"}
 
@@ -311,7 +312,7 @@ def test_a_sum_over_the_batch_scales_the_gradient_alone():
     heads, losses = [], []
     for recipe in recipes_:
         model, split = parts(recipe)
-        fitted = learning.fit(recipe, model, split["train"], split["val"], "cpu", 0)
+        fitted = loop.fit(recipe, model, split["train"], split["val"], "cpu", 0)
         heads.append(model.module.head.weight)
         losses.append(fitted.history[0]["train_loss"])
     assert torch.allclose(*heads, atol=1e-6) and math.isclose(*losses, rel_tol=1e-5)
@@ -321,16 +322,16 @@ def test_balanced_class_weights():
     _, split = parts(toy(class_weights="balanced"))
     train = split["train"]
     counts = np.bincount([sample.label for sample in train.samples], minlength=10)
-    assert np.allclose(learning._class_weights(train).numpy() * counts, counts.mean())
+    assert np.allclose(loop._class_weights(train).numpy() * counts, counts.mean())
     train.samples = [replace(sample, label=int(sample.label > 2)) for sample in train.samples]
-    weights = learning._class_weights(train)
+    weights = loop._class_weights(train)
     assert weights[0] / weights[1] == pytest.approx(7 / 3) and (weights[2:] == 0).all()
 
 
 def test_biases_and_norms_are_decayed_on_request():
     module = models.create(ARCHITECTURE, **KWARGS).module
     for decay in (True, False):
-        groups = learning._optimizer(toy(decay_vectors=decay, weight_decay=0.3), module).param_groups
+        groups = loop._optimizer(toy(decay_vectors=decay, weight_decay=0.3), module).param_groups
         assert [group["weight_decay"] for group in groups] == [0.3, 0.3 if decay else 0]
         assert {p.ndim <= 1 for p in groups[1]["params"]} == {True} and sum(len(g["params"]) for g in groups) == len(
             list(module.parameters())
@@ -339,7 +340,7 @@ def test_biases_and_norms_are_decayed_on_request():
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("sgd", "SGD")])
 def test_optimizers_are_pytorchs(name, kind):
-    optimizer = learning._optimizer(toy(optimizer=name, momentum=0.3), models.create(ARCHITECTURE, **KWARGS).module)
+    optimizer = loop._optimizer(toy(optimizer=name, momentum=0.3), models.create(ARCHITECTURE, **KWARGS).module)
     group = optimizer.param_groups[0]
     assert type(optimizer).__name__ == kind and 0.3 in (group.get("momentum"), group.get("betas", (0,))[0])
 
@@ -357,13 +358,13 @@ def scheduled(make, steps):
 
 def test_schedules_are_pytorchs():
     cosine = scheduled(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40), 40)
-    assert np.allclose([learning.rate(toy(schedule="cosine", warmup=0), i, 40) for i in range(40)], cosine)
+    assert np.allclose([loop.rate(toy(schedule="cosine", warmup=0), i, 40) for i in range(40)], cosine)
     cyclic = scheduled(
         lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-3, 1, 10, mode="triangular2", cycle_momentum=False), 40
     )
     recipe = toy(schedule="cyclic", cycles=2, lr_divisor=1000, warmup=0)
-    assert np.allclose([learning.rate(recipe, i, 40) for i in range(40)], cyclic)
-    warm = [learning.rate(toy(schedule="constant", warmup=0.1), i, 40) for i in range(5)]
+    assert np.allclose([loop.rate(recipe, i, 40) for i in range(40)], cyclic)
+    warm = [loop.rate(toy(schedule="constant", warmup=0.1), i, 40) for i in range(5)]
     assert np.allclose(warm, [0.25, 0.5, 0.75, 1, 1])
 
 
@@ -406,7 +407,7 @@ def test_a_regression_learns_standardised_values(tmp_path, monkeypatch):
     report = training.train(recipe, tmp_path)
     model, part = models.get(report["checkpoint"]), training.choose(recipe, None)["test"]
     assert model.class_names == tuple(names)
-    outputs, targets = learning.predict(model, training.read(recipe, *part, model, values=values["test"]), "cpu")
+    outputs, targets = loop.predict(model, training.read(recipe, *part, model, values=values["test"]), "cpu")
     assert np.allclose(targets, values["test"]) and report["test"]["rmse"] == pytest.approx(
         report["test"]["mse"] ** 0.5
     )

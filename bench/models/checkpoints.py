@@ -21,7 +21,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from bench.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from bench.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from explainer_bench import RequestError
 
 HEADER = "explainer_bench"

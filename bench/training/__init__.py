@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from bench import datasets, learning, models, performance, recipes, training_report
+from bench import datasets, models, recipes
 from bench.datasets.base import Dataset, Sample
-from bench.learning import Progress, Split, State
 from bench.models import Model
-from bench.performance import Performance
 from bench.recipes import Recipe
+from bench.training import loop, performance
+from bench.training import report as reporting
+from bench.training.loop import Progress, Split, State
+from bench.training.performance import Performance
 from explainer_bench import RequestError, __version__, write_atomically
 
 VAL_SHARE = 0.05  # of the training split, where a data set has no validation split
@@ -92,7 +94,7 @@ def train(
     begun = time.perf_counter()
     parts = choose(recipe, data_root, fraction, seed)
     values = _values(recipe, parts)
-    with learning.seeded(seed):
+    with loop.seeded(seed):
         model = create(
             recipe, weights, [str(name) for name in values["train"]] if values else parts["train"].dataset.class_names
         )
@@ -113,7 +115,7 @@ def train(
         state.remove()
     begin = state.load()
     splits = {split: read(recipe, *part, model, workers, values.get(split)) for split, part in parts.items()}
-    fitted = learning.fit(recipe, model, splits["train"], splits["val"], device, seed, progress, begin, state.save)
+    fitted = loop.fit(recipe, model, splits["train"], splits["val"], device, seed, progress, begin, state.save)
     if recipe.half:
         model.module.half().float()  # what is measured below is what the checkpoint will hold
     measured = {split: measure(recipe, model, splits[split], device) for split in ("val", "test")}
@@ -211,14 +213,14 @@ def read(
         recipe, dataset, samples, model, workers, None if values is None else values.to_numpy("float32", copy=True)
     )
     height, width = model.input_size
-    if len(samples) * height * width * 3 <= learning.IN_MEMORY:
+    if len(samples) * height * width * 3 <= loop.IN_MEMORY:
         split.keep()
     return split
 
 
 def measure(recipe: Recipe, model: Model, split: Split, device: str) -> Performance:
     """The recipe's figures of merit on a split, with 95 % intervals over groups."""
-    outputs, targets = learning.predict(model, split, device)
+    outputs, targets = loop.predict(model, split, device)
     groups = [sample.group for sample in split.samples]
     return performance.measure(
         recipe.loss, outputs.double().numpy(), targets.numpy(), groups, model.class_names, recipe.contrasts
@@ -251,9 +253,9 @@ def _write(out: Path, recipe: Recipe, model: Model, report: dict[str, Any]) -> d
     history, best = report["history"], report["best_epoch"]
     for name, content in {
         "report.json": json.dumps(report, indent=1, sort_keys=True).encode(),
-        "curve.csv": training_report.curve_csv(history),
-        "curve.png": training_report.curve_png(history, best),
-        "md": training_report.card(recipe, report),
+        "curve.csv": reporting.curve_csv(history),
+        "curve.png": reporting.curve_png(history, best),
+        "md": reporting.card(recipe, report),
     }.items():
         write_atomically(out / f"{model.name}.{name}", content)
     return {**report, "checkpoint": str(checkpoint)}

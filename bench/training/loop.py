@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import augmentation
 from bench.datasets.base import Dataset, Item, Sample
 from bench.models import Model
 from bench.recipes import Recipe
+from bench.training import augmentation
 from explainer_bench import RequestError, write_atomically
 
 Progress = Callable[[int, int, str], None]

@@ -18,13 +18,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench import checkpoints, cnns, preprocessing
-from bench.checkpoints import SUFFIXES as SUFFIXES
-from bench.checkpoints import Checkpoint, load_strict
-from bench.preprocessing import Preprocessing
+from bench.models import checkpoints, cnns, preprocessing
+from bench.models.checkpoints import SUFFIXES as SUFFIXES
+from bench.models.checkpoints import Checkpoint, load_strict
+from bench.models.preprocessing import Preprocessing
 from explainer_bench import RequestError, RequestWarning, did_you_mean, parse_spec, write_atomically
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 ALIASES = {  # names that studies use, and timm's
     "dino_vits8": "vit_small_patch8_224.dino",
     "dino_vits16": "vit_small_patch16_224.dino",
@@ -54,7 +54,7 @@ class Model:
     class_names : tuple of str
         One per logit.
     architecture : str
-        A timm name, or one of `bench.cnns`.
+        A timm name, or one of `bench.models.cnns`.
     kwargs : dict
         What `timm.create_model` is given besides the name.
     meta : dict
@@ -138,8 +138,8 @@ def get(
     spec : str or Path
         A shipped model ("digits_vit"), a checkpoint of our training (a path), or an architecture with its
         weights: ``vit_tiny_patch16_224[weights=FILE]``. Each takes ``preprocessing=NAME``, one of
-        `bench.preprocessing.VARIANTS` or "timm"; an architecture also ``head=FILE``, a linear classifier on the CLS
-        token for weights without one, ``img_size=PIXELS`` for a ViT, and ``pooling=cls`` for a fine-tuned MAE.
+        `bench.models.preprocessing.VARIANTS` or "timm"; an architecture also ``head=FILE``, a linear classifier on the
+        CLS token for weights without one, ``img_size=PIXELS`` for a ViT, and ``pooling=cls`` for a fine-tuned MAE.
     class_names : sequence of str, optional
         Those of the data set; the model must fit them.
     device : str or torch.device
@@ -303,14 +303,14 @@ def create(
     Parameters
     ----------
     architecture : str
-        A timm name, one of `bench.cnns`, or one of `ALIASES`.
+        A timm name, one of `bench.models.cnns`, or one of `ALIASES`.
     name : str
         The model's own name; the architecture's by default.
     class_names : sequence of str
         Names of the logits; their numbers by default.
     preprocessing : str or Preprocessing, optional
-        A name of `bench.preprocessing.VARIANTS`, or "timm" for what timm's own evaluation does, scaled to the input
-        size of a model that takes but one. By default what timm states for the architecture (mean, std,
+        A name of `bench.models.preprocessing.VARIANTS`, or "timm" for what timm's own evaluation does, scaled to the
+        input size of a model that takes but one. By default what timm states for the architecture (mean, std,
         interpolation), with the whole image squashed to the input size.
     **kwargs
         For `timm.create_model`, such as ``num_classes``.
@@ -364,9 +364,9 @@ def load_backbone(model: Model, path: Path, pooling: str | None = None) -> None:
     model : Model
         Changed in place.
     path : Path
-        A file of any of `bench.checkpoints.FORMATS`.
+        A file of any of `bench.models.checkpoints.FORMATS`.
     pooling : {"cls"}, optional
-        As for `bench.checkpoints.adapt`.
+        As for `bench.models.checkpoints.adapt`.
 
     Warns
     -----

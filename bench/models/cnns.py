@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, get_pretrained_cfg, register_mode
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from bench.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from bench.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from explainer_bench import RequestError
 
 REDUCTION = 16
