@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from explainer_bench import write_atomically
 from leaderboards.figures import SIGNED, UNSIGNED
@@ -142,7 +142,7 @@ def _draw(axes: Axes, picture: Picture) -> None:
         return
     axes.imshow(picture.image.mean(axis=2), cmap="gray", vmin=0, vmax=255, extent=extent)
     if not np.isfinite(picture.map).all():
-        axes.text(0.5, 0.5, "not finite", transform=axes.transAxes, ha="center", color="red")
+        axes.text(0.5, 0.5, "no map", transform=axes.transAxes, ha="center", color="red")
         return
     colours = _colours(picture.map.astype(float), picture.signed)
     axes.imshow(colours, extent=extent, interpolation="nearest")
@@ -193,6 +193,7 @@ def pairs(values: Mapping[str, np.ndarray], correlations: Mapping[tuple[str, str
                 _correlation(cell, correlations[of_row, of_column])
             cell.tick_params(labelsize=7)
             cell.yaxis.set_minor_formatter(NullFormatter())
+            cell.xaxis.set_major_locator(MaxNLocator(4))
             if row == len(names) - 1:
                 cell.set_xlabel(of_column)
         axes[row, 0].set_ylabel(of_row if row else f"{of_row}\n(count)")

@@ -266,6 +266,8 @@ def _interval(
 
 def _pair_plots(scores: Mapping[str, Tokens], out: Path) -> Iterator[tuple[str, Path]]:
     for dataset, of_part in scores.items():
+        if not of_part.values:
+            continue
         flat = {name: of_part.values[name].ravel() for name in PAIRED if name in of_part.values}
         names = {**CDAM, **OTHERS}
         r = {(names[a], names[b]): float(np.corrcoef(flat[a], flat[b])[0, 1]) for a, b in _pairs(of_part)}
@@ -278,7 +280,8 @@ def _pair_plots(scores: Mapping[str, Tokens], out: Path) -> Iterator[tuple[str, 
 def _grids(done: Sequence[Done], labels: Mapping[str, str], out: Path) -> Iterator[tuple[str, Path]]:
     for one in done:
         path = out / f"pictures_{one.part.names['dataset'].lower()}.png"
-        study_figures.grid(_rows(one, labels), ["image", *labels.values()], path)
+        shown = {name: label for name, label in labels.items() if name in one.part.explainers}
+        study_figures.grid(_rows(one, shown), ["image", *shown.values()], path)
         yield one.part.names["dataset"], path
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import adapters
 import metrics
-from bench import datasets, models, reproduction, studies
+from bench import datasets, models, recipes, reproduction, studies
 from bench.studies import brocki2024 as study
 from explainer_bench import RequestError
 from tests.bench.layouts import make, picture
@@ -154,3 +154,15 @@ def test_parameters_are_those_of_the_released_code():
 def test_a_concept_without_a_folder_is_one_line(tmp_path):
     with pytest.raises(RequestError, match="concept=nowhere is no folder"):
         reproduction.reproduce("brocki2024[concept=nowhere]", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["brocki2024", "komorowski2023"])
+def test_a_recipe_trains_each_model_on_the_data_it_is_explained_on(name):
+    for part in studies.get(name).parts(None):
+        recipe = recipes.get(part.weights.stem)
+        assert recipe.checkpoint_name == part.weights.stem
+        assert recipe.dataset.partition("[")[0] == part.dataset.partition("[")[0]
+        assert recipe.preprocessing in (None, part.weights.preprocessing)
+        assert models.ALIASES.get(recipe.architecture, recipe.architecture) == models.ALIASES.get(
+            part.weights.architecture, part.weights.architecture
+        )
