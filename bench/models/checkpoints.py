@@ -10,7 +10,8 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,22 +102,36 @@ def read(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise RequestError(f"no such weights file: {path}.")
+    said = header(path)
     if path.suffix == ".safetensors":
-        state, header = _read_safetensors(path)
-        wrapper = ""
+        with _whole(path):
+            state, wrapper = safetensors.torch.load_file(path), ""
     else:
-        (state, wrapper), header = _read_torch(path), {}
+        state, wrapper = _read_torch(path)
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    if not header:
+    if not said:
         state = _without_prefix(state)
-    return Checkpoint(path, state, header, "trained here" if header else _recognise(state, wrapper))
+    return Checkpoint(path, state, said, "trained here" if said else _recognise(state, wrapper))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def header(path: Path) -> dict[str, Any]:
+    """Return what our training wrote at the head of a safetensors file; {} for any other file.
+
+    Raises
+    ------
+    RequestError
+        Where a safetensors file is not whole.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    with _whole(path), safetensors.safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(HEADER, "{}"))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-        return safetensors.torch.load_file(path), header
+        yield
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise RequestError(f"{path} is not a whole safetensors file ({first_line(error)}): copy it again.") from error
 

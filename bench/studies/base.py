@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench import api, datasets
 from bench.datasets.files import FileDataset
-from bench.models import SUFFIXES
+from bench.models import SUFFIXES, checkpoints
 from bench.runner import Progress, Run
 from bench.suite import Suite
 from explainer_bench import Component, RequestError
@@ -53,7 +53,7 @@ class Weights:
 
     def spec(self, path: Path) -> str:
         """Return how `run` calls the model."""
-        if path.suffix == ".safetensors":  # written by our training: it says what it is
+        if checkpoints.header(path):  # written by our training: it says what it is
             return str(path)
         variant = f",preprocessing={self.preprocessing}" if self.preprocessing else ""
         return f"{self.architecture}[weights={path}{variant}]"

@@ -54,7 +54,8 @@ class Chung2024(Study):
     remarks: ClassVar[str] = (
         "Published values: the table of the authors' slides. It does not say which top share its IoU is of: any "
         "rectangle around the top 20 or 40 % is too large for two of its values, so it is 5 or 10 %, and both stand "
-        "here. The published shares count images without an annotation as misses; ours leave them out (see n)."
+        "here. The published shares count images without an annotation as misses; ours leave them out (see n), and on "
+        "MURA those, too, whose name fits several images."
     )
 
     masks_only: bool = False

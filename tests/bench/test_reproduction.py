@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 
 from bench import models, reproduction
@@ -107,3 +108,12 @@ def test_wilson():
     assert beside.wilson(0.96, 50) == pytest.approx((0.865, 0.989), abs=1e-3)
     assert beside.wilson(0, 10)[0] == 0 and beside.wilson(0, 10)[1] == pytest.approx(0.278, abs=1e-3)
     assert all(np.isnan(beside.wilson(0.5, np.nan)))
+
+
+def test_weights_of_others_need_their_architecture_ours_do_not(weights_root, tmp_path):
+    weights = Weights("toy_first", "", "vit_tiny_patch16_224", "chung2024_crop")
+    ours = weights.find(weights_root)
+    assert weights.spec(ours) == str(ours)
+    plain = tmp_path / "toy_first.safetensors"
+    safetensors.torch.save_file({"w": torch.zeros(2)}, plain)
+    assert weights.spec(plain) == f"vit_tiny_patch16_224[weights={plain},preprocessing=chung2024_crop]"
