@@ -13,7 +13,7 @@ CORE_GROUPS = ("faithfulness", "localization", "compactness", "class_sensitivity
 
 
 @dataclass(frozen=True)
-class _Cube:
+class Cube:
     """The scores of one data set x model: (S, E, M) arrays, all axes sorted."""
 
     values: np.ndarray  # NaN where not scored, or undefined for every explainer
@@ -23,7 +23,8 @@ class _Cube:
     clusters: np.ndarray  # (S,) int
 
 
-def _cube(scores: pd.DataFrame, metrics: list[str], explainers: list[str]) -> _Cube:
+def cube_of(scores: pd.DataFrame, metrics: list[str], explainers: list[str]) -> Cube:
+    """Arrange the scores of one data set x model; samples by name, metrics and explainers in the order given."""
     sample, names = pd.factorize(scores["sample"].astype(str), sort=True)
     shape = (len(names), len(explainers), len(metrics))
     at = (
@@ -37,10 +38,10 @@ def _cube(scores: pd.DataFrame, metrics: list[str], explainers: list[str]) -> _C
     clusters = np.zeros(len(names), dtype=int)
     clusters[sample] = pd.factorize(scores["group"].astype(str), sort=True)[0]
     undefined = scored & np.isnan(values) & np.isfinite(values).any(axis=1, keepdims=True)
-    return _Cube(values, undefined, scored, chance, clusters)
+    return Cube(values, undefined, scored, chance, clusters)
 
 
-def _charged(cube: _Cube, sign: np.ndarray) -> _Cube:
+def charged(cube: Cube, sign: np.ndarray) -> Cube:
     """Charge a map that a metric cannot score with the worst score that any other map of its image has.
 
     Else leaving out the hard images would raise a mean. Images that no map can be scored on (no ROI) stay out.
@@ -56,7 +57,7 @@ def build_model(
     """Return the wide and the long rows of one data set x model, not yet in their final order."""
     rows, names = explainers.set_index("explainer"), metrics["metric"].to_numpy()
     sign = np.where(metrics["higher_is_better"], -1.0, 1.0)  # as costs, lower is better everywhere
-    cube = _charged(_cube(scores, names.tolist(), rows.index.tolist()), sign)
+    cube = charged(cube_of(scores, names.tolist(), rows.index.tolist()), sign)
     rows = _with_gaps(rows, cube, scores, names)
     complete = (rows["status"] == "ok").to_numpy()
     replicates = statistics.bootstrap_means(cube.values, cube.clusters, n_boot, rng)
@@ -74,7 +75,7 @@ def build_model(
     return rows.reset_index(), long.merge(rows[described], left_on="explainer", right_index=True)
 
 
-def _with_gaps(rows: pd.DataFrame, cube: _Cube, scores: pd.DataFrame, metrics: np.ndarray) -> pd.DataFrame:
+def _with_gaps(rows: pd.DataFrame, cube: Cube, scores: pd.DataFrame, metrics: np.ndarray) -> pd.DataFrame:
     """Mark the explainers that lack cells which others have; say of each which scores are missing or undefined."""
     scored = cube.scored.sum(axis=0)
     lacks = scored < scored.max(axis=0)
@@ -96,7 +97,7 @@ def _with_gaps(rows: pd.DataFrame, cube: _Cube, scores: pd.DataFrame, metrics: n
 
 
 def _per_metric(
-    cube: _Cube, replicates: np.ndarray, sign: np.ndarray, ranks: np.ndarray, resampled_ranks: np.ndarray
+    cube: Cube, replicates: np.ndarray, sign: np.ndarray, ranks: np.ndarray, resampled_ranks: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return the metric columns of the long table, each (E, M)."""
     scored, mean = cube.scored.sum(axis=0), statistics.mean(cube.values)
@@ -141,7 +142,7 @@ def _voting(groups: pd.Series, used: np.ndarray) -> np.ndarray:
     return core if (core & used).any() else np.ones(len(core), dtype=bool)
 
 
-def _beaten(cube: _Cube, sign: np.ndarray, groups: pd.Series, rows: pd.DataFrame) -> list[str]:
+def _beaten(cube: Cube, sign: np.ndarray, groups: pd.Series, rows: pd.DataFrame) -> list[str]:
     """Return for every explainer the trivial rows it beats, joined by semicolons; none for an incomplete one."""
     complete = (rows["status"] == "ok").to_numpy()
     voting = _voting(groups, np.isfinite(cube.values).any(axis=(0, 1)))

@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 
 CONFIDENCE = (2.5, 97.5)
 _CHUNK = 512
-_MIN_CLUSTERS = 6  # the normal approximation of the signed-rank test is too bold below
+MIN_CLUSTERS = 6  # the normal approximation of the signed-rank test is too bold below
 
 
 def generator(name: str, seed: int) -> np.random.Generator:
@@ -71,7 +71,7 @@ def bootstrap_means(values: np.ndarray, clusters: np.ndarray, n_boot: int, rng: 
     sums, counts = cluster_sums(values.reshape(len(values), int(np.prod(values.shape[1:]))), clusters)
     means = np.full((n_boot, sums.shape[1]), np.nan)
     start = 0
-    for weights in _weights(len(sums), n_boot, rng) if len(sums) >= _MIN_CLUSTERS else ():
+    for weights in _weights(len(sums), n_boot, rng) if len(sums) >= MIN_CLUSTERS else ():
         with np.errstate(invalid="ignore"):
             means[start : start + len(weights)] = (weights @ sums) / (weights @ counts)
         start += len(weights)
@@ -199,7 +199,7 @@ def _differences(first: np.ndarray, second: np.ndarray, groups: np.ndarray, clus
 
 def _p_value(differences: np.ndarray) -> float:
     """One-sided Wilcoxon signed-rank test that the differences lie above 0."""
-    if np.count_nonzero(differences) < _MIN_CLUSTERS:
+    if np.count_nonzero(differences) < MIN_CLUSTERS:
         return 1.0
     return float(stats.wilcoxon(differences.round(9), alternative="greater").pvalue)
 

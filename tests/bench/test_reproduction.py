@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import leaderboards
 from bench import models, reproduction
 from bench.datasets.digits import Digits
 from bench.studies import Part, Study, Weights
@@ -117,3 +118,57 @@ def test_weights_of_others_need_their_architecture_ours_do_not(weights_root, tmp
     plain = tmp_path / "toy_first.safetensors"
     safetensors.torch.save_file({"w": torch.zeros(2)}, plain)
     assert weights.spec(plain) == f"vit_tiny_patch16_224[weights={plain},preprocessing=chung2024_crop]"
+
+
+def _compared(of_mine, of_random, of_best=None):
+    """Put made-up per-image scores of `mine` and of two trivial rows beside nothing published."""
+    values = {"mine": of_mine, "random": of_random, "sobel": of_random if of_best is None else of_best}
+    rows = [
+        {"explainer": name, "sample": f"{i:03d}", "group": str(i), "value": value, "reason": "", "chance": np.nan}
+        for name, column in values.items()
+        for i, value in enumerate(column)
+    ]
+    scores = pd.DataFrame(rows).assign(dataset="d", model="m", metric="hits")
+    names = {
+        "explainer_version": "1",
+        "params": "",
+        "seconds_per_image": 0.0,
+        "status": "ok",
+        "info": "",
+        "n_failed": 0,
+    }
+    explainers = pd.DataFrame({"explainer": list(values), "trivial": [False, True, True]})
+    explainers = explainers.assign(dataset="d", model="m", **names)
+    metrics = pd.DataFrame(
+        [{"metric": "hits", "metric_version": "1", "group": "localization", "higher_is_better": True}]
+    )
+    run = dict.fromkeys(leaderboards.board.RUN_COLUMNS, "") | {
+        "seed": 0,
+        "dataset_fingerprint": {},
+        "model_fingerprint": {},
+    }
+    long = leaderboards.build(scores, metrics, explainers, run, n_boot=200).long["d"]
+    published = pd.DataFrame(columns=["dataset", "model", "metric", "explainer", "value", "n", "mark"])
+    return beside.beside(published, long, scores, ["random", "sobel"]).set_index("explainer")
+
+
+def test_leaving_out_the_hard_images_does_not_pay():
+    rng = np.random.default_rng(0)
+    easy = np.r_[np.full(20, 0.9), np.full(20, 0.1)] + rng.normal(0, 0.01, 40)
+    table = _compared(np.r_[easy[:20] - 0.2, np.full(20, np.nan)], easy)
+    assert table.loc["mine", "over_trivial"] == pytest.approx(table.loc["mine", "ours"] - table.loc["random", "ours"])
+    assert table.loc["mine", "over_trivial_high"] < 0
+
+
+def test_wilson_counts_the_images_that_the_mean_counts():
+    hits = np.r_[np.ones(15), np.zeros(5)]
+    table = _compared(np.r_[np.ones(10), np.full(10, np.nan)], hits)
+    assert table.loc["random", ["ours_low", "ours_high"]].tolist() == pytest.approx(beside.wilson(0.75, 20))
+    mine = table.loc["mine"]
+    assert (mine["ours_low"], mine["ours_high"]) == pytest.approx(beside.wilson(mine["ours"], 20))
+
+
+def test_the_best_trivial_row_is_the_one_to_beat():
+    rng = np.random.default_rng(0)
+    table = _compared(rng.uniform(0, 1, 30) + 1, rng.uniform(0, 1, 30), rng.uniform(0, 1, 30) - 1)
+    assert set(table["best_trivial"]) == {"random"} and table.loc["mine", "over_trivial_low"] > 0
