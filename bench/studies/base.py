@@ -45,10 +45,18 @@ class Weights:
     preprocessing: str = ""
 
     def find(self, root: Path | None) -> Path | None:
-        """Return the file, wherever it lies under `root`; None where there is none."""
+        """Return the file, wherever it lies under `root`; None where there is none.
+
+        Raises
+        ------
+        RequestError
+            Where there are several.
+        """
         if root is None:
             return None
         found = [path for ending in SUFFIXES for path in sorted(root.rglob(f"{self.stem}{ending}"))]
+        if len(found) > 1:
+            raise RequestError(f"the weights {self.stem} are there twice, {found[0]} and {found[1]}: keep one of them.")
         return found[0] if found else None
 
     def spec(self, path: Path) -> str:

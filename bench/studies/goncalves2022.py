@@ -14,7 +14,7 @@ import torch
 import adapters
 from bench import models, recipes
 from bench.problem import Problem, Shard
-from bench.runner import Progress
+from bench.runner import Progress, full_precision
 from bench.store import key
 from bench.studies.base import PUBLISHED, TRIVIAL, Done, Part, Section, Study, Weights
 from bench.training import performance
@@ -186,7 +186,7 @@ def _predict(problem: Problem, device: torch.device, progress: Progress) -> pd.D
     rows = []
     for start in range(0, len(samples), BATCH):
         images = Shard(0, samples[start : start + BATCH], problem.dataset, problem.model).inputs
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             rows.append(problem.module(images.to(device)).detach().double().cpu().numpy())
         progress("test split", min(start + BATCH, len(samples)), len(samples))
     logits = np.concatenate(rows)
@@ -213,7 +213,7 @@ def _accuracy(done: Sequence[Done], published: pd.DataFrame) -> pd.DataFrame:
 def _figures(done: Done) -> dict[str, Any]:
     table = done.measured
     labels, logits = table["label"].to_numpy(), table.filter(like="logit_").to_numpy()
-    found = performance.measure("cross_entropy", logits, labels, list(table["group"]))
+    found = performance.measure("cross_entropy", logits, labels, list(table["group"]), split=f"{done.part.name} test")
     positive = float(labels.mean())
     row = {**_names(done), "images": len(labels), "groups": table["group"].nunique(), "prevalence": positive}
     row["majority"] = max(positive, 1 - positive)
@@ -342,7 +342,8 @@ def _columns(done: Done, samples: Sequence[str]) -> Iterator[figures.Column]:
     for name, title in METHODS.items():
         explainer = adapters.get(name)
         if not explainer.supports(problem.model.module):
-            maps = explainer(problem.model.module, shard.inputs, labels)[:, 0]
+            with full_precision():
+                maps = explainer(problem.model.module, shard.inputs, labels)[:, 0]
             yield figures.Column(done.part.names["model"], title, maps)
 
 

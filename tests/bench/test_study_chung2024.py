@@ -67,7 +67,8 @@ def test_the_annotations_need_neither_images_nor_models(real):
     kvasir = long[(long["dataset"] == "Kvasir") & (long["map"] == "image centre")].iloc[0]
     assert kvasir["value"] > kvasir["published_best"] and kvasir["fisher_p"] == pytest.approx(1)
     duke = long[(long["dataset"] == "DUKE") & (long["map"] == "image centre")].iloc[0]
-    assert duke["fisher_p"] < 1e-6
+    assert duke["fisher_p"] < 1e-6 and set(long.loc[long["dataset"] == "DUKE", "n_groups"]) == {42}
+    assert long.loc[long["map"].str.startswith("random"), "fisher_p"].isna().all()
 
 
 def test_without_annotations_masks_only_is_one_line(tmp_path):
@@ -113,7 +114,7 @@ def test_the_published_table_stands_beside_ours(protocol):
     pointing = table[(table["metric"] == "pointing_game") & table["published"].notna()]
     published = pointing.pivot(index="dataset", columns="explainer", values="published")
     assert published.loc["Kvasir"].to_dict() == {
-        "gradcam_eigen_aug": 0.72,
+        "gradcam_eigen_aug[sign=raw]": 0.72,
         "raw_attention": 0.96,
         "transformer_attribution": 0.90,
     }
