@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import linecache
 import pkgutil
 import re
@@ -31,6 +32,7 @@ import yaml
 __version__ = "0.1.0"
 
 _SPEC = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<params>.*)\]|\((?P<in_parentheses>.*)\))?")
+_PIECES = re.compile(r"""(?<==)\s*"(?:[^"\\]|\\.)*"|.""", re.DOTALL)  # a quoted value, or any character
 _CONFIG = pydantic.ConfigDict(arbitrary_types_allowed=True)
 
 
@@ -104,8 +106,7 @@ class Component:
     def spec(self) -> str:
         """``name[param=value,...]``, with the parameters that differ from their defaults."""
         default = {f.name: f.default for f in fields(self) if f.default is not MISSING}  # type: ignore[arg-type]
-        written = {k: "null" if v is None else v for k, v in self.params.items()}  # as YAML reads it
-        changed = [f"{k}={written[k]}" for k, v in self.params.items() if k not in default or v != default[k]]
+        changed = [f"{k}={written(v)}" for k, v in self.params.items() if k not in default or v != default[k]]
         return f"{self.name}[{','.join(changed)}]" if changed else self.name
 
     def __repr__(self) -> str:
@@ -147,7 +148,7 @@ T = TypeVar("T", bound=Component)
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """Split ``name[param=value,...]`` into the name and its parameters; values are YAML scalars or lists.
 
-    Round brackets do as well.
+    Round brackets do as well. A value with commas or brackets stands in quotes, see `written`.
 
     Raises
     ------
@@ -170,15 +171,32 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def split_specs(text: str) -> list[str]:
-    """Split a comma-separated list of specs, keeping the commas inside brackets, nested ones included."""
+    """Split a comma-separated list of specs, keeping the commas inside brackets, nested ones included, and quotes."""
     parts, depth = [""], 0
-    for character in text:
-        depth += (character in "[({") - (character in "])}")
-        if character == "," and depth <= 0:
+    for piece in _PIECES.findall(text):
+        depth += (piece in "[({") - (piece in "])}")
+        if piece == "," and depth <= 0:
             parts.append("")
         else:
-            parts[-1] += character
+            parts[-1] += piece
     return [part.strip() for part in parts if part.strip()]
+
+
+def written(value: Any) -> str:
+    """Write a parameter's value as `parse_spec` reads it: text that would not come back is quoted."""
+    if value is None:
+        return "null"
+    text = str(value)
+    if not isinstance(value, str | Path):
+        return text
+    return text if _is_plain(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _is_plain(text: str) -> bool:
+    try:
+        return split_specs(text) == [text] and not set(text) & set("[](){}") and bool(yaml.safe_load(text) == text)
+    except yaml.YAMLError:
+        return False
 
 
 def load_file(path: Path) -> ModuleType:

@@ -46,10 +46,27 @@ def test_parameters_are_validated_and_named_in_the_spec() -> None:
         ("a[b=[1, 2],c={d: [e, f], g: 1},h=]", ("a", {"b": [1, 2], "c": {"d": ["e", "f"], "g": 1}, "h": None})),
         ("a(b=[1,2],c=null)", ("a", {"b": [1, 2], "c": None})),
         ("dir (1)/mine.py:Mine", ("dir (1)/mine.py:Mine", {})),
+        ('a[b="x, y[1",c=it\'s,d= "q\\"]"]', ("a", {"b": "x, y[1", "c": "it's", "d": 'q"]'})),
     ],
 )
 def test_specs_are_read(spec: str, expected: tuple) -> None:
     assert parse_spec(spec) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/a,b/c[1]/(d", 'say "x"', "it's", "'", '"', "5", "true", "", " x ", "a: b", "a #b", "*", "\\", "é", "null"],
+)
+def test_any_text_comes_back_from_a_spec(text: str) -> None:
+    spec = Loose(value=text).spec
+    assert parse_spec(spec) == ("loose", {"value": text})
+    assert split_specs(f"{spec},b") == [spec, "b"]
+    assert parse_spec(Loose(value=Path(text) / "x").spec)[1] == {"value": str(Path(text) / "x")}
+
+
+@pytest.mark.parametrize("text", ["mean", "/data/some folder/masks", "m1=2", "x.y", "it's"])
+def test_plain_text_is_not_quoted(text: str) -> None:
+    assert Loose(value=text).spec == f"loose[value={text}]"
 
 
 @pytest.mark.parametrize("spec", ["", "a[", "a[b]", "a]b", "[x=1]", "a[b={]"])
