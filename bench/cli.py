@@ -432,6 +432,7 @@ def train(
             lambda done, total, note: update("train", done, total, note),
             fresh,
             workers,
+            lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
         )
     shown = ("model", "checkpoint", "best_epoch", "val", "test", "seconds")
     out.print_json(json.dumps({key: report[key] for key in shown}))

@@ -182,7 +182,7 @@ class Run:
             # Predictions decide which classes are explained, so every part of a divided run has them all.
             ranges = {p: range(p.n_shards) if stage == "predict" else self.shards(p) for p in self.problems}
             total = sum(len(shards) * self._steps(stage, problem) for problem, shards in ranges.items())
-            with self._measured(stage), _full_precision():
+            with self._measured(stage), full_precision():
                 progress(stage, 0, total)
                 shards = ((problem, problem.shard(index)) for problem in ranges for index in ranges[problem])
                 done = (step for problem, shard in shards for step in work[stage](problem, shard))
@@ -452,7 +452,7 @@ def _unique(components: list[Any]) -> list[Any]:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Make fp32 mean fp32 on CUDA: by default TF32 rounds the inputs of convolutions to 10 bits."""
     switches: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [switch.allow_tf32 for switch in switches]

@@ -318,12 +318,12 @@ def create(
     Raises
     ------
     RequestError
-        For an unknown architecture or preprocessing.
+        For an unknown architecture or preprocessing, or parameters that the architecture does not have.
     """
     name, architecture = name or architecture, ALIASES.get(architecture, architecture)
     if class_names:
         kwargs["num_classes"] = len(class_names)
-    module = _module(architecture, kwargs)
+    module = _built(architecture, kwargs)
     count = getattr(module, "num_classes", 0)
     return Model(
         name=name,
@@ -420,6 +420,16 @@ def _module(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         module = timm.create_model(architecture, pretrained=False, **kwargs)
     return module.float().eval().requires_grad_(False)
+
+
+def _built(architecture: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Build a module from what a user wrote."""
+    _check_name(architecture)
+    try:
+        return _module(architecture, kwargs)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # whatever the architecture makes of it
+        said, given = checkpoints.first_line(error), json.dumps(kwargs, default=str)
+        raise RequestError(f"model {architecture!r} cannot be built with {given}: {said}.") from error
 
 
 def _check_name(name: str) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from bench.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from explainer_bench import RequestError
+from explainer_bench import RequestError, RequestWarning
 
 HEADER = "explainer_bench"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -268,6 +270,11 @@ def adapt(found: Checkpoint, module: nn.Module, pooling: str | None = None) -> d
         What is to load them. A timm ViT's position embeddings are resized to its grid by timm.
     pooling : {"cls"}, optional
         Load the `fc_norm` of a fine-tuned MAE as `norm`, which the CLS token passes; as Chung et al. 2024 did.
+
+    Warns
+    -----
+    RequestWarning
+        Where position embeddings are resized: the weights were trained at another image size.
     """
     if pooling not in (None, "cls") or (pooling and found.format != "mae_finetuned"):
         raise RequestError(f"pooling={pooling}: only pooling=cls is known, for a fine-tuned MAE, which has fc_norm.")
@@ -279,22 +286,41 @@ def adapt(found: Checkpoint, module: nn.Module, pooling: str | None = None) -> d
         state = {key: value for key, value in state.items() if not key.startswith(("decoder_", "mask_token"))}
     if found.format == "mae_finetuned" and pooling == "cls":
         state = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in state.items()}
-    return _filtered(state, module) if isinstance(module, VisionTransformer) else state
+    return _filtered(state, module, found.path) if isinstance(module, VisionTransformer) else state
 
 
-def _filtered(state: dict[str, Tensor], module: VisionTransformer) -> dict[str, Tensor]:
+def _filtered(state: dict[str, Tensor], module: VisionTransformer, path: Path) -> dict[str, Tensor]:
     """Let timm convert DINOv2's layout and resize positions, but not patches, which it would do silently."""
     own, patches = module.patch_embed.proj.weight, state.get("patch_embed.proj.weight")
     if patches is None or patches.shape != own.shape or not _resizable(state, module):
         return state
+    _warn_of_resizing(_places(state, module), module, path)
     return checkpoint_filter_fn(state, module)
+
+
+def _places(state: Mapping[str, Tensor], module: VisionTransformer) -> int:
+    """The number of patches that position embeddings have a place for, as timm will count them."""
+    others = 0 if module.no_embed_class else module.num_prefix_tokens
+    return state["pos_embed"].shape[1] - others - ("register_tokens" in state)  # DINOv2's CLS place is given up then
+
+
+def _warn_of_resizing(places: int, module: VisionTransformer, path: Path) -> None:
+    if places == module.patch_embed.num_patches:
+        return
+    rows, columns = module.patch_embed.grid_size
+    side, patch = math.isqrt(places), module.patch_embed.img_size[0] // rows
+    line = f"{path} has position embeddings of {side} x {side} patches, resized to the model's {rows} x {columns}"
+    warnings.warn(f"{line}: the weights were trained with img_size={side * patch}.", RequestWarning, stacklevel=2)
 
 
 def _resizable(state: Mapping[str, Tensor], module: VisionTransformer) -> bool:
     positions, own = state.get("pos_embed"), module.pos_embed
     if any("pre_logits" in key for key in state):  # timm would drop a layer that the classifier was trained behind
         return False
-    return positions is not None and own is not None and positions.shape[-1] == own.shape[-1]
+    if positions is None or own is None or positions.ndim != 3 or positions.shape[-1] != own.shape[-1]:
+        return False
+    places = _places(state, module)
+    return places == module.patch_embed.num_patches or (places > 0 and math.isqrt(places) ** 2 == places)
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str) -> None:

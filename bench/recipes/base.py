@@ -151,7 +151,7 @@ class Recipe(_Fields):
     reduction: Literal["mean", "sum"] = "mean"
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Rate = 1e-3
-    momentum: Share = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Rate = 0
     decay_vectors: bool = True
     clip: Rate | None = None

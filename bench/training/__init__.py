@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,14 @@ from bench import datasets, models, recipes
 from bench.datasets.base import Dataset, Sample
 from bench.models import Model
 from bench.recipes import Recipe
+from bench.store import Store
 from bench.training import loop, performance
 from bench.training import report as reporting
 from bench.training.loop import Progress, Split, State
 from bench.training.performance import Performance
-from explainer_bench import RequestError, __version__, write_atomically
+from explainer_bench import RequestError, __version__, parse_spec, write_atomically
 
+_FOR_PEOPLE = ("report.json", "curve.csv", "curve.png", "md")  # what is written beside state and checkpoint
 VAL_SHARE = 0.05  # of the training split, where a data set has no validation split
 _WORDS = {"name", "description", "source", "notes", "published_epoch"}  # of a recipe, that change no number
 
@@ -46,6 +49,7 @@ def train(
     progress: Progress | None = None,
     fresh: bool = False,
     workers: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train a recipe's model, measure it on the val and test splits, write checkpoint, report, curve and card.
 
@@ -75,17 +79,20 @@ def train(
         Start anew instead of going on from a state that an interrupted training left.
     workers : int
         Processes that read images; no number depends on it.
+    tell : callable
+        Given a line for the user: that an interrupted training is gone on with.
 
     Returns
     -------
     dict
-        The report: recipe, data, losses per epoch, figures on the val and test splits with 95 % intervals, seconds.
+        The report: recipe, data, groups that splits share, losses per epoch, figures on the val and test splits with
+        95 % intervals, seconds.
 
     Raises
     ------
     RequestError
-        For an unknown recipe or field, a wrong fraction, unusable data or weights, a state of another training, or
-        a loss that is not finite.
+        For an unknown recipe or field, a wrong fraction, unusable data or weights, a state of another training, a
+        folder that cannot be written to, or a loss or outputs that are not finite.
     """
     if not 0 < fraction <= 1:
         raise RequestError(f"fraction {fraction} is not a share of the training data: give one in (0, 1].")
@@ -110,19 +117,29 @@ def train(
         "torch": torch.__version__,
         "explainer_bench": __version__,
     }
-    state = State(Path(out) / f"{model.name}.state.pt", request)
+    state = State(_prepared(Path(out), model.name) / f"{model.name}.state.pt", request)
     if fresh:
         state.remove()
-    begin = state.load()
+    if begin := state.load():
+        tell(f"{model.name} goes on after epoch {len(begin['history'])} of {recipe.epochs} ({state.path}).")
     splits = {split: read(recipe, *part, model, workers, values.get(split)) for split, part in parts.items()}
     fitted = loop.fit(recipe, model, splits["train"], splits["val"], device, seed, progress, begin, state.save)
     if recipe.half:
         model.module.half().float()  # what is measured below is what the checkpoint will hold
-    measured = {split: measure(recipe, model, splits[split], device) for split in ("val", "test")}
-    report = {"model": model.name, **request, **fitted._asdict(), **_figures(measured, splits)}
+    measured = {split: measure(recipe, model, splits[split], device, split) for split in ("val", "test")}
+    report = {"model": model.name, **request, "shared_groups": shared_groups(parts), **fitted._asdict()}
+    report |= _figures(measured, splits)
     report = _write(Path(out), recipe, model, report)
     state.remove()
     return {**report, "seconds": round(time.perf_counter() - begun, 1)}
+
+
+def _prepared(out: Path, name: str) -> Path:
+    """Create the folder; refuse, before anything is computed, what could not be written at the end."""
+    for ending in ("state.pt", "safetensors", *_FOR_PEOPLE):
+        if (out / f"{name}.{ending}").is_dir():
+            raise RequestError(f"{out / name}.{ending} is a folder where a file is to be written: give another --out.")
+    return Store(out).prepare().root
 
 
 def _check_weights(recipe: Recipe, weights: Path | None) -> None:
@@ -160,7 +177,22 @@ def choose(recipe: Recipe, root: Path | None, fraction: float = 1.0, seed: int =
         if not part.samples:
             raise RequestError(f"data set {part.dataset.name!r} has no samples in its split {split!r}.")
     train = parts["train"]
+    _check_classes(recipe, train)
     return parts | {"train": train._replace(samples=subset(train.samples, fraction, seed))}
+
+
+def _check_classes(recipe: Recipe, train: Part) -> None:
+    there = {sample.label for sample in train.samples}
+    if len(there) == 1 and recipe.loss != "huber":
+        only, name = train.dataset.class_names[there.pop()], parse_spec(recipe.dataset)[0]
+        line = f"data set {recipe.dataset}: every image of the training split is of class {only!r}, so there is nothing"
+        raise RequestError(f"{line} to learn; `explainer-bench data describe {name}` says where others come from.")
+
+
+def shared_groups(parts: dict[str, Part]) -> dict[str, int]:
+    """Count the groups that two splits have in common, by "train, val" and so on; with any, figures are too good."""
+    groups = {split: {sample.group for sample in part.samples} for split, part in parts.items()}
+    return {f"{one}, {other}": len(groups[one] & groups[other]) for one, other in combinations(groups, 2)}
 
 
 def _held_out(train: Part) -> dict[str, Part]:
@@ -218,12 +250,18 @@ def read(
     return split
 
 
-def measure(recipe: Recipe, model: Model, split: Split, device: str) -> Performance:
-    """The recipe's figures of merit on a split, with 95 % intervals over groups."""
+def measure(recipe: Recipe, model: Model, split: Split, device: str, name: str = "test") -> Performance:
+    """The recipe's figures of merit on a split called `name`, with 95 % intervals over groups."""
     outputs, targets = loop.predict(model, split, device)
     groups = [sample.group for sample in split.samples]
     return performance.measure(
-        recipe.loss, outputs.double().numpy(), targets.numpy(), groups, model.class_names, recipe.contrasts
+        recipe.loss,
+        outputs.double().numpy(),
+        targets.numpy(),
+        groups,
+        model.class_names,
+        recipe.contrasts,
+        split=name,
     )
 
 
@@ -251,11 +289,12 @@ def _write(out: Path, recipe: Recipe, model: Model, report: dict[str, Any]) -> d
     models.save(checkpoint, model, half=recipe.half, training=report, **evidence)
     report = {**report, "model_fingerprint": models.get(checkpoint).fingerprint, "checkpoint": checkpoint.name}
     history, best = report["history"], report["best_epoch"]
-    for name, content in {
-        "report.json": json.dumps(report, indent=1, sort_keys=True).encode(),
-        "curve.csv": reporting.curve_csv(history),
-        "curve.png": reporting.curve_png(history, best),
-        "md": reporting.card(recipe, report),
-    }.items():
-        write_atomically(out / f"{model.name}.{name}", content)
+    contents = (
+        json.dumps(report, indent=1, sort_keys=True).encode(),
+        reporting.curve_csv(history),
+        reporting.curve_png(history, best),
+        reporting.card(recipe, report),
+    )
+    for ending, content in zip(_FOR_PEOPLE, contents, strict=True):
+        write_atomically(out / f"{model.name}.{ending}", content)
     return {**report, "checkpoint": str(checkpoint)}

@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import expit, softmax
+from scipy.special import expit, log_softmax, logsumexp, softmax
+
+from explainer_bench import RequestError
+from leaderboards.statistics import MIN_CLUSTERS
 
 BINS = 15
 RESAMPLES = 1000
@@ -37,6 +40,7 @@ def measure(
     class_names: Sequence[str] = (),
     contrasts: Sequence[tuple[str, str]] = (),
     resamples: int = RESAMPLES,
+    split: str = "test",
 ) -> Performance:
     """Measure a model's outputs on held-out samples.
 
@@ -58,26 +62,42 @@ def measure(
         Pairs of classes whose AUROC against each other is a figure more.
     resamples : int
         Of the bootstrap; fewer where samples and classes are very many.
+    split : str
+        What the samples are called in an error.
 
     Returns
     -------
     Performance
-        A class without samples, or with nothing else, has no AUROC and no AUPRC: the mean leaves it out.
+        A class without samples, or with nothing else, has no AUROC and no AUPRC: the mean leaves it out. Fewer than
+        `leaderboards.statistics.MIN_CLUSTERS` groups say nothing of their spread: intervals are NaN.
+
+    Raises
+    ------
+    RequestError
+        Where outputs are NaN or infinite.
     """
+    _check_finite(outputs, split)
     count = int(np.clip(_WORK / max(1, outputs.size), min(100, resamples), resamples))
     kinds = {"cross_entropy": _classes, "bce": _presence, "huber": _values}
     figures, bins = kinds[loss](outputs, targets)
     pairs = [_contrast(outputs, targets, pair, list(class_names)) for pair in contrasts]
-    weights = _weightings(groups, count)
+    weights, enough = _weightings(groups, count), len(set(groups)) >= MIN_CLUSTERS
     blocks = np.array_split(weights, max(1, weights.size // _CHUNK))
     parts = [{name: v for f in (figures, *pairs) for name, v in f(block).items()} for block in blocks]
     values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Performance(
         {name: float(value[0]) for name, value in values.items()},
-        {name: _interval(value[1:]) for name, value in values.items()},
+        {name: _interval(value[1:]) if enough else (np.nan, np.nan) for name, value in values.items()},
         bins,
         count,
     )
+
+
+def _check_finite(outputs: np.ndarray, split: str) -> None:
+    odd = int((~np.isfinite(outputs)).any(axis=1).sum())
+    if odd:
+        line = f"the model's outputs of {odd} of {len(outputs)} images of the {split} split are NaN or infinite"
+        raise RequestError(f"{line}: train with a smaller lr, and where half is true, with half=false.")
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -98,7 +118,7 @@ def _classes(logits: np.ndarray, labels: np.ndarray) -> tuple[Figures, list[dict
     share = softmax(logits, axis=1)
     correct = (logits.argmax(1) == labels).astype(float)
     positive = labels[:, None] == np.arange(logits.shape[1])
-    scored = slice(1, 2) if logits.shape[1] == 2 else slice(None)
+    scored, scores = (slice(1, 2), np.diff(logits)) if logits.shape[1] == 2 else (slice(None), log_odds(logits))
     bins = _Bins(share.max(1), correct)
 
     def figures(weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -106,11 +126,26 @@ def _classes(logits: np.ndarray, labels: np.ndarray) -> tuple[Figures, list[dict
         return {
             "accuracy": _share(weights, correct),
             "balanced_accuracy": _mean(recalls),
-            **_ranked(share[:, scored], positive[:, scored], weights),
+            **_ranked(scores, positive[:, scored], weights),
             "ece": bins.error(weights),
         }
 
     return figures, bins.table()
+
+
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """Each class's logit less the log-sum-exp of the others, (N, K): it ranks as the softmax does, and never saturates.
+
+    Only the top class has a probability above one half, so only there 1 - p must not be computed from p.
+    """
+    share = log_softmax(logits, axis=1)
+    rows, top = np.arange(len(logits)), logits.argmax(1)
+    others = logits.copy()
+    others[rows, top] = -np.inf
+    share[rows, top] = -np.inf  # until it is known
+    odds = share - np.log1p(-np.exp(share))
+    odds[rows, top] = logits[rows, top] - logsumexp(others, axis=1)
+    return odds
 
 
 def _presence(logits: np.ndarray, targets: np.ndarray) -> tuple[Figures, list[dict[str, float]]]:

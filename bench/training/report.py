@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bench import datasets
 from bench.recipes import Recipe
+from leaderboards.statistics import MIN_CLUSTERS
 
 _FIGURES = {
     "accuracy": "accuracy",
@@ -92,7 +93,18 @@ def _data(recipe: Recipe, report: dict[str, Any]) -> str:
     part = "" if share == 1 else f" The training split is {share:.2%} of the whole one, chosen class by class."
     table = _table(("split", "images", "groups", *names, "fingerprint"), *rows)
     facts = f"`{data.name}`: {data.where}; licence: {data.licence}."
-    return f"## Data\n\n{facts} A group (a patient, or near-duplicates) is never divided.{part}\n\n{table}"
+    return f"## Data\n\n{facts} {_groups(report)}{part}\n\n{table}"
+
+
+def _groups(report: dict[str, Any]) -> str:
+    """Say which groups the splits share."""
+    shared = {pair.replace(", ", " and "): n for pair, n in report["shared_groups"].items() if n}
+    if shared:
+        counts = "; ".join(f"{n} in {pair}" for pair, n in shared.items())
+        return f"**Groups (a patient, or near-duplicates) are divided between splits: {counts}.** Figures are too good."
+    if all(part["images"] == part["groups"] for part in report["data"].values()):
+        return "Every image is a group of its own: which ones are of one patient, or near-duplicates, is not known."
+    return "No group (a patient, or near-duplicates) is in more than one split."
 
 
 def _training(recipe: Recipe, report: dict[str, Any]) -> str:
@@ -119,6 +131,9 @@ def _performance(report: dict[str, Any]) -> str:
             rows.append((_FIGURES.get(key, key.replace("_", " ").replace("auroc", "AUROC")), *cells))
     head = ("", f"val ({report['val']['images']} images)", f"test ({report['test']['images']} images)")
     how = f"95 % intervals from {report['resamples']} bootstrap resamples of whole groups."
+    for split in ("val", "test"):
+        if (groups := report["data"][split]["groups"]) < MIN_CLUSTERS:
+            how += f" None on the {split} split: its groups, {groups}, are fewer than {MIN_CLUSTERS}, too few for one."
     aim = "The validation split chose the epoch; the test split decided nothing."
     return f"## Performance\n\n{how} {aim}\n\n{_table(head, *rows)}{_calibration(report['calibration']['test'])}"
 

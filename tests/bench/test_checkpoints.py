@@ -249,13 +249,35 @@ def test_positions_are_resized_to_another_image_size(tmp_path, registers):
     kwargs = REGISTERS if registers else SMALL
     module, bigger = source(**kwargs), models.create(TINY, num_classes=5, **{**kwargs, "img_size": 56}).module
     path = saved(tmp_path, published_dinov2(module) if registers else without_head(module))
-    positions = checkpoints.adapt(checkpoints.read(path), bigger)["pos_embed"]
+    with pytest.warns(RequestWarning, match=r"of 4 x 4 patches, resized to the model's 7 x 7: .* with img_size=32\.$"):
+        positions = checkpoints.adapt(checkpoints.read(path), bigger)["pos_embed"]
     prefix = 0 if registers else 1
     grid = module.pos_embed[:, prefix:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
     resized = F.interpolate(grid, (7, 7), mode="bicubic", antialias=True).permute(0, 2, 3, 1).reshape(1, 49, 24)
     torch.testing.assert_close(positions[:, prefix:], resized)
     assert torch.equal(positions[:, :prefix], module.pos_embed[:, :prefix])
     assert positions.shape == bigger.pos_embed.shape
+
+
+def test_positions_of_the_models_own_grid_pass_without_a_word(tmp_path, recwarn):
+    module = source(**SMALL)
+    loaded(saved(tmp_path, module.state_dict()), module)
+    assert not [w for w in recwarn if w.category is RequestWarning]
+
+
+@pytest.mark.parametrize("places", [-1, 1])
+def test_positions_of_other_tokens_are_refused(tmp_path, places):
+    """One less: no place for the CLS token; one more: that of a distilled DeiT's token."""
+    module = source(**SMALL)
+    state = {**module.state_dict(), "pos_embed": torch.zeros(1, 17 + places, 24)}
+    with pytest.raises(RequestError, match=rf"pos_embed has shape \(1, {17 + places}, 24\) instead of \(1, 17, 24\)"):
+        loaded(saved(tmp_path, state), module)
+
+
+def test_a_distilled_deit_is_no_plain_vit(tmp_path):
+    state = source("deit_tiny_distilled_patch16_224").state_dict()
+    with pytest.raises(RequestError, match=r"not a checkpoint of deit_tiny_patch16_224: dist_token is unexpected"):
+        models.get(f"deit_tiny_patch16_224[weights={saved(tmp_path, state)}]")
 
 
 FULL: dict[str, tuple[str, dict[str, object], Layout, str]] = {
@@ -368,12 +390,14 @@ def test_a_checkpoint_of_ours_at_another_image_size(tmp_path):
     models.save(tmp_path / "w.safetensors", model)
     same = models.get(f"{TINY}[weights={tmp_path / 'w.safetensors'},preprocessing=chung2024_crop]")
     assert (same.name, same.fingerprint) == ("mine", model.fingerprint)
-    smaller = models.get(f"{TINY}[weights={tmp_path / 'w.safetensors'},img_size=96]")
+    with pytest.warns(RequestWarning, match="resized to the model's 6 x 6: .* with img_size=224"):
+        smaller = models.get(f"{TINY}[weights={tmp_path / 'w.safetensors'},img_size=96]")
     assert smaller.preprocessing == model.preprocessing.scaled_to((96, 96))
 
 
 def test_another_image_size_by_name(files):
-    model = models.get(f"{TINY}[weights={files['supervised']},img_size=96,preprocessing=timm]")
+    with pytest.warns(RequestWarning, match="resized to the model's 6 x 6"):
+        model = models.get(f"{TINY}[weights={files['supervised']},img_size=96,preprocessing=timm]")
     assert model.input_size == (96, 96) and model.module(images(96)).shape == (3, 5)
     assert model.preprocessing.shortest_side == 106
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
 from sklearn import metrics as sk
 
 from bench.training import performance
+from explainer_bench import RequestError
 
 RNG = np.random.default_rng(0)
 NAMES = ("benign", "malignant", "normal")
@@ -48,6 +49,45 @@ def test_a_contrast_looks_at_two_classes_only():
     two = labels < 2
     wanted = sk.roc_auc_score(labels[two] == 1, (logits[:, 1] - logits[:, 0])[two])
     assert figures["auroc_malignant_vs_benign"] == pytest.approx(wanted)
+
+
+def test_sure_classifiers_are_ranked_by_what_softmax_rounds_away():
+    sure = np.zeros((6, 2))
+    sure[:, 1] = [40, 45, 50, 60, 70, 80]
+    labels = np.array([0, 1, 0, 1, 0, 1])
+    assert len(np.unique(softmax(sure, axis=1)[:, 1])) == 1
+    figures = performance.measure("cross_entropy", sure, labels, alone(6)).figures
+    assert figures["auroc"] == pytest.approx(sk.roc_auc_score(labels, sure[:, 1]))
+    assert figures["auprc"] == pytest.approx(sk.average_precision_score(labels, sure[:, 1]))
+
+    logits, labels = RNG.normal(scale=60, size=(200, 4)), RNG.integers(0, 4, 200)
+    odds = np.stack([logits[:, k] - logsumexp(np.delete(logits, k, 1), axis=1) for k in range(4)], axis=1)
+    assert np.allclose(performance.log_odds(logits), odds, rtol=1e-12)
+    figures = performance.measure("cross_entropy", logits, labels, alone(200)).figures
+    pairs = [(labels == k, odds[:, k]) for k in range(4)]
+    assert figures["auroc"] == pytest.approx(np.mean([sk.roc_auc_score(*pair) for pair in pairs]))
+    assert figures["auprc"] == pytest.approx(np.mean([sk.average_precision_score(*pair) for pair in pairs]))
+    rounded = softmax(logits, axis=1)
+    assert figures["auroc"] != pytest.approx(sk.roc_auc_score(labels, rounded, multi_class="ovr"), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "huber"])
+def test_outputs_that_are_not_finite_have_no_figures(loss):
+    outputs = RNG.normal(size=(20, 2))
+    outputs[3, 0], outputs[7] = np.nan, np.inf
+    targets = np.arange(20) % 2 if loss == "cross_entropy" else np.eye(2)[np.arange(20) % 2]
+    with pytest.raises(RequestError, match="outputs of 2 of 20 images of the val split are NaN or infinite"):
+        performance.measure(loss, outputs, targets, alone(20), split="val")
+
+
+def test_few_groups_have_no_intervals():
+    labels, logits = np.arange(60) % 2, RNG.normal(size=(60, 2))
+    for count in (1, 2, 5, 6):
+        groups = [str(i % count) for i in range(60)]
+        result = performance.measure("cross_entropy", logits, labels, groups)
+        assert np.isfinite(list(result.figures.values())).all()
+        assert np.isfinite(list(result.intervals.values())).all() == (count == 6)
+        assert np.isnan(list(result.intervals.values())).all() == (count < 6)
 
 
 def test_a_perfect_and_a_useless_classifier():

@@ -69,6 +69,7 @@ def test_a_file_of_ones_own(tmp_path):
         ("no.yaml", "no such recipe file: no.yaml"),
         ("digits[epoch=3]", "recipe 'digits' has no parameter 'epoch'. Did you mean epochs"),
         ("digits[epochs=0]", "recipe 'digits', parameter 'epochs': Input should be greater than 0."),
+        ("digits[optimizer=adam,momentum=1]", "parameter 'momentum': Input should be less than 1."),
         ("digits[name=x]", "has no parameter 'name'"),
         ("digits[augment={flop: 1}]", "parameter 'augment.flop': Extra inputs are not permitted"),
         ("digits[class_weights=balanced]", "class_weights belongs to loss=cross_entropy, not to bce"),

@@ -111,6 +111,20 @@ def test_wilson():
     assert all(np.isnan(beside.wilson(0.5, np.nan)))
 
 
+@pytest.mark.parametrize("other", ["b/x.safetensors", "a/x.pth"])
+def test_weights_that_are_there_twice_are_refused(tmp_path, other):
+    weights, found = Weights("x", "", "resnet18"), ["a/x.safetensors", other]
+    for name in found:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    line = f"the weights x are there twice, {tmp_path / found[0]} and {tmp_path / found[1]}: keep one of them."
+    with pytest.raises(RequestError) as error:
+        weights.find(tmp_path)
+    assert str(error.value) == line
+    (tmp_path / other).unlink()
+    assert weights.find(tmp_path) == tmp_path / found[0]
+
+
 def test_weights_of_others_need_their_architecture_ours_do_not(weights_root, tmp_path):
     weights = Weights("toy_first", "", "vit_tiny_patch16_224", "chung2024_crop")
     ours = weights.find(weights_root)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -129,6 +131,92 @@ def test_the_card_states_figures_with_intervals(tmp_path):
     assert models.get(report["checkpoint"]).meta["evidence"] == "finding" and "region `finding`" in card
 
 
+class Patients(type(datasets.get("digits"))):
+    """Digits of so many patients in each split; from nine on, the splits share them."""
+
+    patients: ClassVar[dict[str, int]] = {}
+
+    @cached_property
+    def samples(self):
+        count = self.patients[self.split]
+        return [
+            replace(s, group=f"{self.split if count < 9 else ''}{i % count}") for i, s in enumerate(super().samples)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("patients", "shared", "line"),
+    [
+        ({"train": 10, "val": 6, "test": 8}, {}, "No group (a patient, or near-duplicates) is in more than one split."),
+        ({"train": 10, "val": 6, "test": 9}, {"train, test": 9}, "divided between splits: 9 in train and test.**"),
+        (
+            {"train": 10, "val": 12, "test": 9},
+            {"train, val": 10, "train, test": 9, "val, test": 9},
+            "divided between splits: 10 in train and val; 9 in train and test; 9 in val and test.**",
+        ),
+        (
+            None,
+            {},
+            "Every image is a group of its own: which ones are of one patient, or near-duplicates, is not known.",
+        ),
+    ],
+)
+def test_the_card_tells_which_groups_are_divided(tmp_path, monkeypatch, patients, shared, line):
+    if patients:
+        monkeypatch.setattr(Patients, "patients", patients)
+        monkeypatch.setattr(datasets, "get", lambda name, root=None, **params: Patients(**params))
+    report = training.train(toy(epochs=1), tmp_path)
+    assert {pair: n for pair, n in report["shared_groups"].items() if n} == shared
+    assert json.loads((tmp_path / "toy.report.json").read_text())["shared_groups"] == report["shared_groups"]
+    card = (tmp_path / "toy.md").read_text()
+    assert line in card and "never divided" not in card
+    assert ("**Groups" in card) == bool(shared)
+
+
+def test_folds_of_nodules_divide_patients(tmp_path):
+    root, shared = layouts.make("lidc_idri", tmp_path / "lidc_idri"), {}
+    for folds in ("patient", "nodule"):
+        recipe = recipes.get("brocki2024_lidc", dataset=f"lidc_idri[folds={folds}]")
+        shared[folds] = sum(training.shared_groups(training.choose(recipe, root)).values())
+    assert shared["patient"] == 0 < shared["nodule"]
+
+
+def test_too_few_groups_for_an_interval_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(Patients, "patients", {"train": 10, "val": 3, "test": 8})
+    monkeypatch.setattr(datasets, "get", lambda name, root=None, **params: Patients(**params))
+    report = training.train(toy(epochs=1), tmp_path)
+    card = (tmp_path / "toy.md").read_text()
+    assert (
+        report["intervals"]["val"]["accuracy"] == [None, None] and None not in report["intervals"]["test"]["accuracy"]
+    )
+    assert "None on the val split: its groups, 3, are fewer than 6" in card and "None on the test split" not in card
+    assert f"| accuracy | {report['val']['accuracy']:.3f} | {report['test']['accuracy']:.3f} (" in card
+
+
+def test_weights_beyond_half_precision_have_no_figures(tmp_path, monkeypatch):
+    fit = loop.fit
+
+    def fit_and_overflow(recipe, model, *rest):
+        fitted = fit(recipe, model, *rest)
+        model.module.head.bias[0] = 1e6
+        return fitted
+
+    monkeypatch.setattr(loop, "fit", fit_and_overflow)
+    with pytest.raises(RequestError, match=r"outputs of 24 of 24 images of the val split are .* with half=false\.$"):
+        training.train(toy(epochs=1, half=True), tmp_path)
+    assert not (tmp_path / "toy.safetensors").exists() and not (tmp_path / "toy.md").exists()
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+def test_one_class_alone_is_refused(tmp_path, loss):
+    root = layouts.make("kvasir_seg", tmp_path / "kvasir_seg")
+    recipe = toy(dataset="kvasir_seg", loss=loss, size=None, val_size=None, test_size=None)
+    line = "data set kvasir_seg: every image of the training split is of class 'polyp', so there is nothing to learn"
+    with pytest.raises(RequestError, match=line):
+        training.train(recipe, tmp_path / "out", root)
+    assert not (tmp_path / "out").exists()
+
+
 def test_early_stopping_restores_the_best_epoch(monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.0, 0.0])
     weights = []
@@ -161,7 +249,11 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, steps):
         training.train(recipe, tmp_path / "cut", progress=stop_after(steps))
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["toy.state.pt"]
     seen = []
-    cut = training.train(recipe, tmp_path / "cut", progress=lambda *step: seen.append(step[0]))
+    told = []
+    cut = training.train(recipe, tmp_path / "cut", progress=lambda *step: seen.append(step[0]), tell=told.append)
+    assert [line.partition(" (")[0] for line in told] == (
+        [f"toy goes on after epoch {(steps - 1) // 5} of 4"] if steps > 5 else []
+    )
     assert seen[0] == (steps - 1) // 5 * 5 + 1 and seen[-1] == 20
     assert equal(weights_of(whole["checkpoint"]), weights_of(cut["checkpoint"]))
     assert cut["best_epoch"] == whole["best_epoch"] and cut["test"] == whole["test"]
@@ -256,6 +348,22 @@ def test_a_foreign_state_is_refused(tmp_path, content):
     with pytest.raises(RequestError, match=r"toy.state.pt is no state of a training: give another --out"):
         training.train(toy(), tmp_path)
     assert (tmp_path / "toy.state.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize("ending", ["state.pt", "safetensors", "md"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, monkeypatch, ending, fresh):
+    monkeypatch.setattr(training, "read", lambda *_: pytest.fail("read images"))
+    (tmp_path / f"toy.{ending}").mkdir()
+    with pytest.raises(RequestError, match=rf"toy\.{ending} is a folder where a file is to be written: give another"):
+        training.train(toy(), tmp_path, fresh=fresh)
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "read", lambda *_: pytest.fail("read images"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match=r"^cannot write to .*file/out \(Not a directory\): name another folder\.$"):
+        training.train(toy(), tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -450,6 +558,16 @@ def test_wrong_fraction(tmp_path, fraction):
         ("digits[epoch=3]", {}, "Did you mean epochs"),
         ("digits", {"weights": Path("x")}, "leave --weights out"),
         ("busi", {}, "needs --weights FILE"),
+        (
+            "digits[size=9,val_size=9,test_size=9,architecture=resnet18]",
+            {},
+            r"model 'resnet18' cannot be built with .*img_size.*: .*unexpected keyword",
+        ),
+        (
+            "digits[size=9,val_size=9,test_size=9,kwargs={embed_dim: 25, num_heads: 2}]",
+            {},
+            "cannot be built with .*: dim should be divisible",
+        ),
         ("digits[size=9,val_size=9,test_size=9,loss=huber]", {}, "has no values to learn"),
         ("digits[size=9,val_size=9,test_size=9,loss=cross_entropy,contrasts=[[a, b]]]", {}, "digits has no class 'a'"),
     ],
