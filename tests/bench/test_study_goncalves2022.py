@@ -1,5 +1,7 @@
 """The attention survey, end to end on tiny models and fixtures of its data sets."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -221,6 +223,31 @@ def test_what_was_predicted_is_not_predicted_again(reproduced, roots, out, monke
     again = study.measure(done, lambda *_: None)
     row = figures(reproduced, "ISIC2020", "ResNet-50", 50).loc["accuracy"]
     assert (again["logit_0"] > again["logit_1"]).all() and row["ours"] == (again["label"] == 0).mean()
+
+
+def test_the_test_split_and_the_pictures_are_of_full_precision(roots, tmp_path, monkeypatch):
+    """CUDA would round the inputs of convolutions to 10 bits: what the runner switches off is off here, too."""
+    (part,) = [part for part in goncalves2022.Goncalves2022().parts(None) if part.name == "aptos2019-resnet-50-100"]
+    suite, seen = part.suite(roots["weights_root"], 2, 0), []
+    done = goncalves2022.Done(part, tmp_path, pd.DataFrame(), pd.DataFrame(), suite, roots["data_root"])
+
+    class Watching:
+        def supports(self, model):
+            return None
+
+        def __call__(self, model, images, classes):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return images.numpy()
+
+    run = done.open()
+    run.problems[0].model.module.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    table = goncalves2022._predict(run.problems[0], run.device, lambda *_: None)
+    assert seen and not any(seen)
+    seen.clear()
+    monkeypatch.setattr(goncalves2022, "adapters", SimpleNamespace(get=lambda name: Watching()))
+    assert list(goncalves2022._columns(done, table["sample"][:1]))
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_shares_are_those_of_the_study():
