@@ -33,9 +33,16 @@ def evidence(dataset: Dataset, model: Model) -> str:
 
 
 def portable(dataset: Dataset) -> Dataset:
-    """Return the data set without what differs between machines: its root, and where other folders of it lie."""
-    named = {name: Path(path.name) for name, path in dataset.params.items() if isinstance(path, Path)}
+    """Return the data set without what differs between machines: its root, and where other files of it lie."""
+    named = {name: _portable(value) for name, value in dataset.params.items()}
     return replace(dataset, **{**named, "root": None})  # type: ignore[arg-type]
+
+
+def _portable(value: Any) -> Any:
+    """Return of a path its name; text that is a relative path lies below the root, and stays."""
+    if isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute()):
+        return type(value)(Path(value).name)
+    return value
 
 
 class Shard:

@@ -10,6 +10,7 @@ from sklearn.model_selection import train_test_split
 
 from bench.datasets.files import FileDataset, Found
 from bench.datasets.tables import coded, table
+from explainer_bench import RequestError
 
 GRADES = ("no DR", "mild", "moderate", "severe", "proliferative DR")
 BINARY = ("normal", "diabetic retinopathy")
@@ -70,8 +71,12 @@ class Aptos2019(FileDataset):
         rows = table(path, ("id_code", "diagnosis"), key="id_code")
         grades = coded(path, rows["diagnosis"], {str(grade): grade for grade in range(len(GRADES))})
         ids = list(rows["id_code"])
-        parts = divided([int(grade > 0) for grade in grades])
-        labels = grades if self.grades else [int(grade > 0) for grade in grades]
+        binary = [int(grade > 0) for grade in grades]
+        try:
+            parts = divided(binary)
+        except ValueError as error:
+            raise RequestError(f"{path} lists too few images of a class to divide: copy the whole file.") from error
+        labels = grades if self.grades else binary
         images = folder / "train_images"
         return [
             Found(name, label, images / f"{name}.png", split=part)

@@ -72,6 +72,7 @@ class Dataset(Component):
     faults: ClassVar[str] = ""  # what is known to be wrong with it
 
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    decoding: ClassVar[tuple[str, ...]] = ()  # parameters that decide what `load` makes of the bytes in the digest
 
     root: Path | None = None
     split: Literal["train", "val", "test"] = "test"
@@ -104,8 +105,12 @@ class Dataset(Component):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over ids, labels, groups and contents, in 16 hex digits."""
+        """SHA-256 over ids, labels, groups, contents and what decides how they are read, in 16 hex digits."""
         lines = [f"{s.id}\t{s.label}\t{s.group}\t{s.digest}" for s in self.samples]
+        changed = {
+            name: getattr(self, name) for name in self.decoding if getattr(self, name) != getattr(type(self), name)
+        }
+        lines += [f"{name}={'given' if isinstance(value, Path) else value}" for name, value in changed.items()]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

@@ -41,6 +41,7 @@ class Chung2024(FileDataset):
     """
 
     above = ABOVE
+    decoding = ("annotations",)
     shortest_side: ClassVar[int | None] = 256
 
     annotations: Path | None = None

@@ -199,15 +199,20 @@ def read(path: Path, mode: str) -> Image.Image:
     Raises
     ------
     RequestError
-        Naming the file, where it is missing, truncated or no image.
+        Naming the file, where it is missing, truncated or no image, or holds more than 8 bits a pixel: PIL would clip
+        them, and which values are black and white is the owner's decision.
     """
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            stored, converted = image.mode, image.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "there is no such file" if missing else str(error).split(" <")[0].rstrip(".")
         raise RequestError(f"{path} cannot be read as an image ({reason}): replace the file.") from error
+    if stored.startswith(("I", "F")):
+        deep = f"{path} has more than 8 bits a pixel (mode {stored})"
+        raise RequestError(f"{deep}: window it to 8 bits, 0 black and 255 white, and save it again.")
+    return converted
 
 
 def merged(paths: Iterable[Path], size: tuple[int, int], above: int = 127) -> np.ndarray:
@@ -216,7 +221,7 @@ def merged(paths: Iterable[Path], size: tuple[int, int], above: int = 127) -> np
     Raises
     ------
     RequestError
-        Where a mask has another size than the image.
+        Where a mask has another size than the image, or marks something, but nothing brighter than `above`.
     """
     union = np.zeros(size[::-1], bool)
     for path in paths:
@@ -224,8 +229,15 @@ def merged(paths: Iterable[Path], size: tuple[int, int], above: int = 127) -> np
         if mask.size != size:
             sizes = f"{mask.width} x {mask.height} px, its image {size[0]} x {size[1]} px"
             raise RequestError(f"{path} does not fit its image: the mask has {sizes}; replace one of the two files.")
-        union |= np.asarray(mask) > above
+        union |= _inside(path, np.asarray(mask), above)
     return union
+
+
+def _inside(path: Path, mask: np.ndarray, above: int) -> np.ndarray:
+    if 0 < mask.max() <= above:
+        where = f"{path} marks nothing: its brightest pixel is {mask.max()}, and inside is what is above {above} of 255"
+        raise RequestError(f"{where}; save it with 0 outside and 255 inside.")
+    return mask > above
 
 
 def digest(files: Sequence[Path]) -> str:

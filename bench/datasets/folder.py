@@ -46,8 +46,8 @@ class Folder(FileDataset):
     licence: ClassVar[str] = "yours"
     where: ClassVar[str] = "your own files"
     tree: ClassVar[str] = (
-        "CLASS/*.png (or .jpg, .bmp, .tif) or {train,val,test}/CLASS/*.png; optional masks/CLASS/NAME.png and a CSV "
-        "file of groups"
+        "CLASS/*.png (or .jpg, .bmp, .tif), of 8 bits, or {train,val,test}/CLASS/*.png; optional masks/CLASS/NAME.png "
+        "and a CSV file of groups"
     )
     counts: ClassVar[str] = "`data check` counts them"
     splitting: ClassVar[str] = (

@@ -59,7 +59,10 @@ class Isic2020(FileDataset):
         path = folder / "train.csv"
         rows = table(path, ("image_name", "patient_id", "target"), key="image_name")
         labels = coded(path, rows["target"], {"0": 0, "1": 1})
-        part = divided(list(rows["patient_id"]))
+        try:
+            part = divided(list(rows["patient_id"]))
+        except ValueError as error:
+            raise RequestError(f"{path} lists too few patients to divide: copy the whole file.") from error
         images = _images(folder)
         return [
             Found(name, label, images / f"{name}.jpg", group=patient, split=part[patient])

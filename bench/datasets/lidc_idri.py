@@ -65,6 +65,7 @@ class LidcIdri(FileDataset):
     class_names = ("benign", "malignant")
     folder = "lidc-idri-nodules"
     required = ("nodules.csv", "nodules")
+    decoding = ("view",)
     licence: ClassVar[str] = "CC BY 3.0"
     where: ClassVar[str] = (
         "https://www.cancerimagingarchive.net/collection/lidc-idri/ (DICOM), then the script in "

@@ -27,7 +27,8 @@ def table(path: Path, columns: Sequence[str], key: str = "") -> pd.DataFrame:
     Raises
     ------
     RequestError
-        Naming the file, where it is missing, unreadable or empty, lacks a column, or repeats a key.
+        Naming the file, where it is missing, unreadable or empty, lacks a column, repeats a key, or has a row that is
+        longer than the header.
     """
     path = path if path.exists() else path.with_name(f"{path.name}.gz")
     if not path.is_file():
@@ -37,6 +38,7 @@ def table(path: Path, columns: Sequence[str], key: str = "") -> pd.DataFrame:
     except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise RequestError(f"{path} cannot be read as a CSV file ({reason}): replace the file.") from error
+    _check_width(path, frame)
     frame.columns = frame.columns.str.strip()
     for column in columns:
         if column not in frame:
@@ -48,6 +50,15 @@ def table(path: Path, columns: Sequence[str], key: str = "") -> pd.DataFrame:
     if key:
         _check_key(path, frame[key])
     return frame
+
+
+def _check_width(path: Path, frame: pd.DataFrame) -> None:
+    """Refuse rows longer than the header: where the first is, pandas shifts all and makes an index of the rest."""
+    if not isinstance(frame.index, pd.RangeIndex):
+        fields, width = frame.shape[1] + frame.index.nlevels, frame.shape[1]
+        raise RequestError(
+            f"{path}, line 2: {fields} fields under a header of {width}; quote texts with commas, or name every column."
+        )
 
 
 def _check_key(path: Path, texts: pd.Series) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bench import datasets
 from bench.datasets import chung2024
@@ -191,6 +192,29 @@ def test_missing_mask(name, command, tmp_path):
     assert "1 of " in err and f"expected {root / TABLE[name].mask}" in err
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("png", "uint16"), ("tif", "int32"), ("tif", "float32")])
+def test_an_image_of_more_than_eight_bits_is_refused(kind, dtype, command, tmp_path):
+    root = layouts.make("folder", tmp_path)
+    (root / "ants" / "a 0.png").unlink()
+    file = root / "ants" / f"a 0.{kind}"
+    Image.fromarray(np.arange(4096).reshape(64, 64).astype(dtype)).save(file)
+    err = check(command, "folder", root).err
+    assert f"{file} has more than 8 bits a pixel" in err and "window it to 8 bits" in err
+
+
+@pytest.mark.parametrize("name", ["covid_qu_ex", "folder"])
+@pytest.mark.parametrize("top", [1, 127])
+def test_a_mask_whose_marks_are_below_the_threshold_is_refused(name, top, command, tmp_path):
+    root = layouts.make(name, tmp_path)
+    file = root / TABLE[name].mask
+    coded = np.where(np.asarray(Image.open(file).convert("L")) > 127, top, 0)
+    Image.fromarray(coded.astype(np.uint8)).save(file)
+    err = check(command, name, root).err
+    assert f"{file} marks nothing: its brightest pixel is {top}, and inside is what is above 127" in err
+    Image.fromarray(coded.astype(np.uint16)).save(file)
+    assert f"{file} has more than 8 bits a pixel" in check(command, name, root).err
+
+
 def test_two_files_of_one_name(tmp_path, command):
     root = layouts.make("kvasir", tmp_path)
     file = root / TABLE["kvasir"].image
@@ -333,6 +357,17 @@ def test_annotation_without_its_image(name, tmp_path):
     ) as error:
         _ = dataset(name, root, annotations=root / ANNOTATIONS).samples
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::explainer_bench.RequestWarning")
+@pytest.mark.parametrize("name", ANNOTATED)
+def test_fingerprint_follows_the_annotations_and_not_where_they_lie(name, roots, tmp_path):
+    shutil.copytree(roots[name] / ANNOTATIONS, tmp_path / "elsewhere")
+    places = [None, roots[name] / ANNOTATIONS, tmp_path / "elsewhere"]
+    without, one, other = (dataset(name, roots[name], split="train", annotations=place) for place in places)
+    for read in (without, one, other):
+        read.samples = one.samples  # the same files, read in another geometry
+    assert without.fingerprint != one.fingerprint == other.fingerprint
 
 
 def test_annotations_that_are_not_there(roots, tmp_path):

@@ -169,6 +169,14 @@ def test_lidc_label_is_the_median_malignancy(tmp_path, ratings, label):
     assert labels.get(name) == label and len(labels) == 31 + (label is not None)
 
 
+def test_lidc_fingerprint_follows_the_view(tmp_path):
+    root = layouts.make("lidc_idri", tmp_path)
+    views = [datasets.get("lidc_idri", root=root, view=view) for view in lidc_idri.AXES]
+    assert len({tuple(sample.digest for sample in read.samples) for read in views}) == 1
+    assert len({read.fingerprint for read in views}) == 3
+    assert views[0].fingerprint == datasets.get("lidc_idri", root=root).fingerprint
+
+
 def test_lidc_biomarkers_come_with_the_samples(tmp_path):
     dataset = datasets.get("lidc_idri", root=layouts.make("lidc_idri", tmp_path))
     targets = dataset.targets
@@ -370,6 +378,28 @@ def test_broken_tables_are_named(tmp_path, name):
     refused(f"{file} cannot be read as a CSV file", name, tmp_path)
     path.write_text(row(text, number, old, new))
     refused(line, name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda lines: [lines[0], *(f"{line},x" for line in lines[1:])], "line 2: 3 fields under a header of 2"),
+        (lambda lines: [lines[0], f"{lines[1]},x,y", *lines[2:]], "line 2: 4 fields under a header of 2"),
+        (lambda lines: [*lines[:3], f"{lines[3]},x", *lines[4:]], "Expected 2 fields in line 4, saw 3"),
+        (lambda lines: [*lines[:3], lines[3].partition(",")[0], *lines[4:]], "line 4: diagnosis is ''"),
+    ],
+)
+def test_rows_that_do_not_fit_the_header_are_refused(tmp_path, change, line):
+    path = layouts.make("aptos2019", tmp_path) / "train.csv"
+    path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+    refused(f"train.csv.*{line}", "aptos2019", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("aptos2019", 2), ("aptos2019", 5), ("isic2020", 2), ("isic2020", 3)])
+def test_a_table_too_small_to_divide_is_refused(tmp_path, name, rows):
+    path = layouts.make(name, tmp_path) / "train.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:rows]) + "\n")
+    refused("train.csv lists too few .* to divide: copy the whole file", name, tmp_path)
 
 
 def test_broken_gzip_and_numbers_are_named(tmp_path):

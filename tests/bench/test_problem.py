@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from bench import datasets
 from bench.datasets import Dataset, Item, Sample
 from bench.models import Model
 from bench.models.preprocessing import Preprocessing
-from bench.problem import SHARD, Problem
+from bench.problem import SHARD, Problem, portable
 from explainer_bench import RequestError
 
 
@@ -87,6 +88,17 @@ def test_the_prior_leaves_the_whole_group_out() -> None:
         for sample, prior in zip(shard.samples, whole.roi_prior(shard), strict=True):
             others = [masks[other.id] for other in whole.dataset.samples if other.group != sample.group]
             np.testing.assert_allclose(prior, np.mean(others, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize(("masks", "left"), [("{}/masks", "masks"), ("drawn/by ann", "drawn/by ann")])
+def test_a_name_says_nothing_of_the_machine(tmp_path, masks: str, left: str) -> None:
+    names = set()
+    for home in (tmp_path / "ann", tmp_path / "bob"):
+        dataset = datasets.get("folder", root=home, masks=masks.format(home), groups=f"{home}/patients.csv")
+        assert portable(dataset).params | {"root": None} == portable(dataset).params
+        assert (portable(dataset).masks, portable(dataset).groups) == (left, "patients.csv")
+        names.add(portable(dataset).spec)
+    assert len(names) == 1
 
 
 def test_too_little_data_is_said() -> None:

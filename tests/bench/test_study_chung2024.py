@@ -77,6 +77,14 @@ def test_without_annotations_masks_only_is_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_any_folder_can_hold_the_data(tmp_path):
+    root = tmp_path / "Chung, W. [2024] (masks)"
+    for name in chung2024.DATASETS.values():
+        layouts.make(name, root)
+    for part in studies.get("chung2024").parts(root):
+        assert datasets.get(part.dataset, root=root).annotations == root / layouts.ANNOTATIONS
+
+
 @pytest.fixture(scope="module")
 def protocol(tmp_path_factory: pytest.TempPathFactory):
     """All four data sets as fixtures, and one of the sixteen models for each, tiny."""
