@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache, cached_property
-from typing import Annotated, ClassVar
+from functools import cache
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pydantic import Field
 from sklearn.datasets import load_digits
 
-from bench.datasets.base import Dataset, Item, Sample
+from bench.datasets.base import Item
+from bench.datasets.drawn import DrawnDataset, shuffled
 
 CANVAS = 64
 CELL = 16  # four by four cells of one digit or one decoy each at most
@@ -35,7 +35,7 @@ def originals() -> dict[str, list[np.ndarray]]:
     return {s: [pixels[(split == s) & (bunch.target == d)] for d in range(10)] for s in set(_SPLIT_OF_TENTH)}
 
 
-class Digits(Dataset):
+class Digits(DrawnDataset):
     """Two to four handwritten digits of distinct classes per 64 x 64 RGB image, one ROI for each.
 
     The digits are scikit-learn's `load_digits` (8 x 8), enlarged twofold, in random colours in random cells of
@@ -51,8 +51,6 @@ class Digits(Dataset):
     ----------
     split : {"train", "val", "test"}
         The three show different originals.
-    size : int
-        Number of images; the first n of a larger set are the set of size n.
     seed : int
         Another seed, another set of images of the same originals.
     """
@@ -61,7 +59,6 @@ class Digits(Dataset):
     version = "1"
     class_names = tuple("0123456789")
     licence: ClassVar[str] = "CC BY 4.0 (UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998)"
-    where: ClassVar[str] = "embedded"
     counts: ClassVar[str] = "as many as asked for (`size`), from 1,797 originals"
     splitting: ClassVar[str] = "by original: about 70, 10 and 20 % of them, by the hash of their pixels"
     labelling: ClassVar[str] = "one of the two to four digits in the image"
@@ -69,38 +66,18 @@ class Digits(Dataset):
     faults: ClassVar[str] = "digits of 8 x 8 pixels enlarged twofold: coarse"
     reference = "https://doi.org/10.24432/C50P49"
 
-    size: Annotated[int, Field(gt=0, le=1_000_000)] = 512
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @cached_property
-    def samples(self) -> list[Sample]:
-        """The images in order of their index."""
-        return [self._sample(index) for index in range(self.size)]
-
-    def load(self, sample: Sample) -> Item:
-        """Draw the image and its ROIs."""
-        return self.draw(sample.source)
-
     def draw(self, index: int) -> Item:
         """Draw image `index`; what `load` does, without a sample."""
         seed = [self.seed, self.splits.index(self.split), index]
         return _draw(np.random.Generator(np.random.PCG64(seed)), index % 10, originals()[self.split])
 
-    def _sample(self, index: int) -> Sample:
-        item = self.draw(index)
-        digest = hashlib.sha256(item.image.tobytes())
-        for label, mask in sorted(item.roi.items()):
-            digest.update(bytes([label]) + np.packbits(mask).tobytes())
-        name = f"{self.split}/{index:06d}"
-        return Sample(name, index % 10, group=name, digest=digest.hexdigest(), source=index)
-
 
 def _draw(rng: np.random.Generator, label: int, pool: list[np.ndarray]) -> Item:
     """Draw one image that shows `label`, from the original digits in `pool`."""
-    others = [int(d) for d in _shuffled(rng, 10) if d != label]
+    others = [int(d) for d in shuffled(rng, 10) if d != label]
     classes = [label, *others[: rng.integers(1, 4)]]
     decoys = others[: rng.integers(1, 4)]
-    cells = _shuffled(rng, (CANVAS // CELL) ** 2).tolist()
+    cells = shuffled(rng, (CANVAS // CELL) ** 2).tolist()
     canvas = _background(rng)
     for digit in decoys:
         _paste(rng, canvas, _scrambled(rng, _pick(rng, pool[digit])), cells.pop())
@@ -110,18 +87,13 @@ def _draw(rng: np.random.Generator, label: int, pool: list[np.ndarray]) -> Item:
     return Item(image, dict(sorted(roi.items())))
 
 
-def _shuffled(rng: np.random.Generator, n: int) -> np.ndarray:
-    """A permutation made of plain integers, whose stream is stable over NumPy versions."""
-    return np.argsort(rng.integers(0, 2**32, n), kind="stable")
-
-
 def _pick(rng: np.random.Generator, digits: np.ndarray) -> np.ndarray:
     return digits[rng.integers(len(digits))]
 
 
 def _scrambled(rng: np.random.Generator, digit: np.ndarray) -> np.ndarray:
     """Shuffle the sixteen 2 x 2 blocks of a digit (8, 8): the same ink, no digit."""
-    blocks = digit.reshape(4, 2, 4, 2).swapaxes(1, 2).reshape(16, 2, 2)[_shuffled(rng, 16)]
+    blocks = digit.reshape(4, 2, 4, 2).swapaxes(1, 2).reshape(16, 2, 2)[shuffled(rng, 16)]
     return blocks.reshape(4, 4, 2, 2).swapaxes(1, 2).reshape(8, 8)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from pydantic import Field
 
-from bench.datasets.base import Dataset, Item, Sample
+from bench.datasets.base import Item
+from bench.datasets.drawn import DrawnDataset, shuffled
 
 CANVAS = 96
 FINE = 2  # shapes are drawn at this multiple of the canvas, then reduced
@@ -60,7 +60,7 @@ GRID = 4  # burnt-in glyphs stand at multiples of this many pixels
 BORDER = 5  # at most so many pixels from the border of the image
 
 
-class Phantom(Dataset):
+class Phantom(DrawnDataset):
     """Chest-radiograph phantoms of 96 x 96 px: normal, nodule, infiltrate, effusion; a marker burnt in beside them.
 
     Every image is drawn from its own seed: body, lungs, heart, mediastinum, spine, ribs, clavicles, vessels,
@@ -77,12 +77,6 @@ class Phantom(Dataset):
 
     Parameters
     ----------
-    split : {"train", "val", "test"}
-        Different images of the same kind.
-    size : int
-        Number of images; the first n of a larger set are the set of size n.
-    seed : int
-        Another seed, another set of images.
     contrast : float
         Factor on the density of the findings.
     remove : {"finding", "marker"}, optional
@@ -99,7 +93,6 @@ class Phantom(Dataset):
     regions: ClassVar[tuple[str, ...]] = ("finding", "marker")
     shipped_model: ClassVar[str] = "phantom_finding"
     licence: ClassVar[str] = "that of this package: drawn, not photographed"
-    where: ClassVar[str] = "embedded"
     counts: ClassVar[str] = "As many as asked for with `size`, a quarter of each class."
     splitting: ClassVar[str] = "Every image is a patient of its own, drawn from its split, the seed and its index."
     labelling: ClassVar[str] = "The label decides what is drawn; of two findings, it is the one drawn first."
@@ -112,21 +105,10 @@ class Phantom(Dataset):
         "says whether it finds known evidence, not how it does on patients."
     )
 
-    size: Annotated[int, Field(gt=0, le=1_000_000)] = 512
-    seed: Annotated[int, Field(ge=0)] = 0
     contrast: Annotated[float, Field(ge=0, le=4)] = 1.0
     remove: Literal["finding", "marker"] | None = None
     move: Literal["finding", "marker"] | None = None
     swap: Literal["marker"] | None = None
-
-    @cached_property
-    def samples(self) -> list[Sample]:
-        """The images in order of their index."""
-        return [self._sample(index) for index in range(self.size)]
-
-    def load(self, sample: Sample) -> Item:
-        """Draw the image and its masks."""
-        return self.draw(sample.source)
 
     def draw(self, index: int) -> Item:
         """Draw image `index`; what `load` does, without a sample."""
@@ -183,15 +165,6 @@ class Phantom(Dataset):
         markers = dict.fromkeys(range(len(self.class_names)), marker) if marker.any() else {}
         return Item(np.repeat(grey[:, :, None], 3, axis=2), masks, {"finding": masks, "marker": markers})
 
-    def _sample(self, index: int) -> Sample:
-        item = self.draw(index)
-        digest = hashlib.sha256(item.image.tobytes())
-        for region, masks in sorted(item.regions.items()):
-            for label, mask in sorted(masks.items()):
-                digest.update(f"{region}{label}".encode() + np.packbits(mask).tobytes())
-        name = f"{self.split}/{index:06d}"
-        return Sample(name, index % len(self.class_names), name, digest.hexdigest(), index)
-
 
 class Plan(NamedTuple):
     """What is to be seen: the findings' classes, and the class whose letter is burnt in."""
@@ -215,11 +188,6 @@ _PURPOSES = ("plan", "anatomy", "finding", "place", "marker")
 def _stream(seed: list[int], purpose: str, again: bool = False) -> np.random.Generator:
     """An image's random numbers for one purpose: changing one thing leaves the others as they are."""
     return np.random.Generator(np.random.PCG64([*seed, _PURPOSES.index(purpose), again]))
-
-
-def _shuffled(rng: np.random.Generator, n: int) -> np.ndarray:
-    """A permutation made of plain integers, whose stream is stable over NumPy versions."""
-    return np.argsort(rng.integers(0, 2**32, n), kind="stable")
 
 
 # Anatomy ------------------------------------------------------------------------------------------------------
@@ -507,7 +475,7 @@ def _glyph(label: int) -> np.ndarray:
 def _scrambled(rng: np.random.Generator) -> np.ndarray:
     """A letter whose dots are shuffled: the same ink, no letter."""
     dots = _glyph(int(rng.integers(len(GLYPHS))))
-    return dots.reshape(-1)[_shuffled(rng, dots.size)].reshape(dots.shape)
+    return dots.reshape(-1)[shuffled(rng, dots.size)].reshape(dots.shape)
 
 
 def _inside(corner: tuple[int, int]) -> tuple[slice, slice]:

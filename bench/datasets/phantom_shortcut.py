@@ -22,20 +22,6 @@ class PhantomShortcut(Phantom):
 
     Parameters
     ----------
-    split : {"train", "val", "test"}
-        Different images of the same kind.
-    size : int
-        Number of images; the first n of a larger set are the set of size n.
-    seed : int
-        Another seed, another set of images.
-    contrast : float
-        Factor on the density of the findings.
-    remove : {"finding", "marker"}, optional
-        Draw the very same images without their findings, or without their marker.
-    move : {"finding", "marker"}, optional
-        Draw the very same images with the same findings in the other lung, or the same marker at another place.
-    swap : {"marker"}, optional
-        Draw the very same images with the letter of the next class in the place of the marker.
     agreement : float
         Share of the images that show what their label says; the others show any class, drawn at random.
     """
