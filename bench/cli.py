@@ -33,6 +33,10 @@ DataRoot = Annotated[Path | None, typer.Option(help="Folder that holds the data 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
+class StoppedError(Exception):
+    """Ctrl-C, and in words what is kept."""
+
+
 class Kind(StrEnum):
     """What `list` can list."""
 
@@ -67,6 +71,9 @@ def main() -> None:
     except (RequestError, OSError) as error:
         err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except StoppedError as stopped:
+        err.print(f"interrupted; {stopped}.", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(INTERRUPTED)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             err.print("interrupted; finished cells are kept, and the same command goes on from here.")
@@ -411,7 +418,7 @@ def train(
     fraction: Annotated[float, typer.Option(help="Share of the training split to use, in (0, 1].")] = 1.0,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    fresh: Annotated[bool, typer.Option(help="Start anew, whatever an interrupted training left.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Start anew, whatever a training left there.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images; no number changes.")] = 0,
     output: Annotated[Path | None, typer.Option("--out", help="Folder; checkpoints/RECIPE by default.")] = None,
 ) -> None:
@@ -421,19 +428,22 @@ def train(
     folder = output or Path("checkpoints") / Path(recipe.partition("[")[0]).stem
     chosen = str(api.choose_device(device))
     with _bars("steps") as update:
-        report = training.train(
-            recipe,
-            folder,
-            data_root,
-            weights,
-            fraction,
-            chosen,
-            seed,
-            lambda done, total, note: update("train", done, total, note),
-            fresh,
-            workers,
-            lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
-        )
+        try:
+            report = training.train(
+                recipe,
+                folder,
+                data_root,
+                weights,
+                fraction,
+                chosen,
+                seed,
+                lambda done, total, note: update("train", done, total, note),
+                fresh,
+                workers,
+                lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
+            )
+        except KeyboardInterrupt as stop:
+            raise StoppedError(str(stop) or "nothing was trained yet") from None
     shown = ("model", "checkpoint", "best_epoch", "val", "test", "seconds")
     out.print_json(json.dumps({key: report[key] for key in shown}))
     out.print(f"Card: {folder / report['model']}.md", soft_wrap=True, highlight=False)
@@ -455,6 +465,8 @@ def reproduce(
     """Run a source study's whole protocol and put its published table beside ours."""
     from bench import reproduction, studies
 
+    if masks_only and "masks_only" not in studies.registry.find(study.partition("[")[0]).__dataclass_fields__:
+        raise RequestError(f"--masks-only is for chung2024, whose annotations are published; {study} has none.")
     chosen = studies.get(study, **({"masks_only": True} if masks_only else {}))
     folder = output or Path("runs") / chosen.name
     with _bars("steps") as progress:
@@ -502,12 +514,33 @@ def check(name: Annotated[str, typer.Argument(help="See `list datasets`.")], dat
     from bench.datasets.base import check as check_samples
 
     result = check_samples(datasets.get(name, **({"root": data_root} if data_root else {})))
-    table = result.table.round({"roi_area": 4})
-    _print_table(table, name)
+    table = result.table if result.table["class"].nunique() <= _MOST_CLASSES else _by_split(result.table)
+    _print_table(table.round({"roi_area": 4}), name)
     for line in result.errors:
         err.print(line, markup=False, highlight=False, soft_wrap=True)
     if result.errors:
         raise typer.Exit(1)
+
+
+_MOST_CLASSES = 20
+
+
+def _by_split(table: Any) -> Any:
+    """One row per split instead of one per class."""
+    table = table.assign(classes=table["images"] > 0, roi_area=table["roi_area"] * table["with_roi"])
+    total = table.groupby("split", sort=False).agg(
+        {
+            "classes": "sum",
+            "images": "sum",
+            "groups": "sum",
+            "with_roi": "sum",
+            "roi_area": "sum",
+            "fingerprint": "first",
+        }
+    )
+    classes = table.groupby("split")["class"].nunique()
+    total["classes"] = [f"{n} of {classes[split]}" for split, n in total["classes"].items()]
+    return total.assign(roi_area=total["roi_area"] / total["with_roi"]).reset_index()
 
 
 @data_app.command()
@@ -530,3 +563,9 @@ def _print_interventions(dataset: Any, name: str) -> None:
 
     table = interventions.table(dataset, models.get(name, dataset.class_names))
     _print_table(table.round(3), f"What {name} uses: its accuracy on the same images, changed in one respect")
+    out.print(
+        "accuracy: the top class is the label, or another finding of the unchanged image; chance: that of a guess at "
+        "random. same_class: the top class is that of the unchanged image. A model that reads a swapped letter names "
+        "the next class, so its accuracy falls below chance.",
+        highlight=False,
+    )

@@ -23,12 +23,13 @@ import torch
 import explainer_bench
 import leaderboards
 from adapters import Explainer
-from bench.problem import SHARD, Problem, Shard
+from bench.problem import SHARD, Problem, Shard, evidence
 from bench.runner import Run
 from bench.store import Store
 from explainer_bench import RequestError
 
 N_PICTURES = 6
+_KINDS = "map:", "region:"  # what the names of arrays in the file of pictures begin with
 _NAMES = ["dataset", "model", "explainer", "metric"]
 
 
@@ -121,27 +122,39 @@ def write_pictures(run: Run) -> None:
     for problem in run.problems:
         shard = problem.shard(0)
         known = run.known(problem, shard)
-        n = min(N_PICTURES, len(shard.samples))
+        rows = _varied([sample.label for sample in shard.samples])[:N_PICTURES]
         arrays = {}
         for explainer in run.supported(problem):
             cell = run.explanation_cell(problem, shard, explainer, known.targets)
             if run.store.exists(cell, "npz"):
-                arrays[f"map:{explainer.spec}"] = run.maps(problem, shard, explainer, known.targets)[:n].numpy()
-        images = [problem.model.resize(problem.dataset.load(sample).image) for sample in shard.samples[:n]]
+                arrays[f"map:{explainer.spec}"] = run.maps(problem, shard, explainer, known.targets)[rows].numpy()
+        samples, targets = [shard.samples[row] for row in rows], known.targets[rows]
+        images = [problem.model.resize(problem.dataset.load(sample).image) for sample in samples]
         names = problem.dataset.class_names
+        proven = evidence(problem.dataset, problem.model)
+        region = proven or next(iter(problem.dataset.regions), "")
+        others = [name for name in problem.dataset.regions if name != region]
         titles = [
             f"explained: {names[target]}; labelled: {names[sample.label]}"
-            for target, sample in zip(known.targets[:n], shard.samples, strict=False)
+            for target, sample in zip(targets, samples, strict=True)
         ]
         run.store.write_arrays(
             run.store.path("pictures", *problem.names, key="first"),
             names=np.array(problem.names),
             images=np.stack(images),
-            roi=shard.roi(known.targets)[:n],
+            roi=shard.roi(known.targets)[rows],
             titles=np.array(titles),
-            samples=np.array([sample.id for sample in shard.samples[:n]]),
+            samples=np.array([sample.id for sample in samples]),
+            region=np.array(region),
+            proven=np.array(bool(proven)),
+            **{f"region:{name}": shard.roi(known.targets, name)[rows] for name in others},
             **arrays,
         )
+
+
+def _varied(labels: list[int]) -> list[int]:
+    """Return all places, the first of every class first, then the second ones."""
+    return sorted(range(len(labels)), key=lambda place: labels[:place].count(labels[place]))
 
 
 @dataclass(frozen=True)
@@ -287,7 +300,7 @@ def _pictures(store: Store) -> Iterator[dict[str, Any]]:
         if not store.exists(cell, "npz"):
             continue
         stored = store.read_arrays(cell)
-        maps = {name.removeprefix("map:"): array for name, array in stored.items() if name.startswith("map:")}
+        maps, regions = ({k.removeprefix(kind): v for k, v in stored.items() if k.startswith(kind)} for kind in _KINDS)
         for i, sample in enumerate(stored["samples"]):
             roi = stored["roi"][i]
             yield {
@@ -297,6 +310,9 @@ def _pictures(store: Store) -> Iterator[dict[str, Any]]:
                 "title": str(stored["titles"][i]),
                 "image": stored["images"][i],
                 "roi": roi if roi.any() else None,
+                "region": str(stored.get("region", "")),
+                "proven": bool(stored.get("proven", False)),
+                "others": {name: array[i] for name, array in regions.items()},
                 "maps": {name: array[i] for name, array in maps.items()},
                 "signed": signed,
             }

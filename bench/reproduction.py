@@ -21,7 +21,7 @@ class Reproduction:
     Parameters
     ----------
     plan : DataFrame
-        One row per part: ``part, data set, model, images, explainers, metrics, state``.
+        One row per part: ``part, data set, model, images planned, explainers, metrics, state``.
     missing : list of str
         What to get, one line each.
     failures : list of str
@@ -121,7 +121,7 @@ def _row(part: Part, lacks: int, samples: int | None) -> dict[str, object]:
         "part": part.name,
         "data set": part.dataset.partition("[")[0],
         "model": part.weights.stem,
-        "images": samples or part.samples,
+        "images planned": samples or part.samples,
         "explainers": len(part.explainers),
         "metrics": len(part.metrics),
         "state": f"lacks {lacks}" if lacks else "ready",

@@ -14,7 +14,8 @@ from explainer_bench import RequestError, write_atomically
 from leaderboards import statistics
 from leaderboards.aggregate import CORE_GROUPS, build_model
 
-GROUPS = (*CORE_GROUPS, "plausibility", "robustness", "randomization", "axiomatic")
+# in the order of the columns: what looks right stands beside what is right
+GROUPS = (*CORE_GROUPS[:2], "plausibility", *CORE_GROUPS[2:], "robustness", "randomization", "axiomatic")
 STATUSES = ("ok", "incomplete", "failed", "unsupported")
 RUN_COLUMNS = ("seed", "device", "precision", "quantus", "torch", "explainer_bench", "git", "utc")
 _SHORT = {  # for a terminal; `mean_rank` is no group's
@@ -143,7 +144,7 @@ def _check(scores: pd.DataFrame, metrics: pd.DataFrame, explainers: pd.DataFrame
 
 def _finish_wide(table: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     """Select, order and type the columns of a wide board and sort it by rank."""
-    extra = [group for group in GROUPS[len(CORE_GROUPS) :] if (metrics["group"] == group).any()]
+    extra = [group for group in GROUPS if group not in CORE_GROUPS and (metrics["group"] == group).any()]
     columns = ["dataset", "model", "explainer", "n_samples", "n_failed", "rank", "rank_low", "rank_high", "tie_group"]
     columns += ["mean_rank", *(f"{group}_rank" for group in (*CORE_GROUPS, *extra))]
     columns += [f"{name}{end}" for name in metrics["metric"] for end in ("", "_ci_low", "_ci_high")]

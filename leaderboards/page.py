@@ -22,9 +22,9 @@ from leaderboards.board import RUN_COLUMNS, Boards, csv_name
 GROUPS = {
     "faithfulness": "Does the map name what the model used? Perturbing what it marks must change the output.",
     "localization": "Does the map lie on the region of interest? A model may be right for another reason.",
+    "plausibility": "Does the map lie where a person would look? That need not be what the model uses.",
     "compactness": "Is the evidence concentrated in few places? A map can be compact and wrong.",
     "class_sensitivity": "Does the map change with the class it explains? A class-blind map cannot explain one.",
-    "plausibility": "Does the map lie where a person would look? That need not be what the model uses.",
     "robustness": "Does the map stay when the input changes imperceptibly?",
     "randomization": "Does the map change when the model's weights are destroyed?",
     "axiomatic": "Does the map keep the rules that it should follow by construction?",
@@ -108,12 +108,16 @@ def _rows(board: pd.DataFrame, long: pd.DataFrame, boards: Boards) -> list[dict[
 
 
 def _tiles(picture: Mapping[str, Any], order: list[str], trivial: frozenset[str]) -> list[dict[str, Any]]:
-    """Render one sample: the image, the region of interest, and the maps in the order of the board."""
+    """Render one sample: the image, its regions, and the maps in the order of the board."""
     pixels, roi = picture["image"], picture["roi"]
     thumbnail = figures.image(pixels)
     tiles: list[dict[str, Any]] = [{"name": "image", "thumbnail": thumbnail, "kind": "given"}]
     if roi is not None and roi.any():
-        tiles.append({"name": "region of interest", "thumbnail": figures.outline(thumbnail, roi), "kind": "given"})
+        name = ": ".join(filter(None, ["region of interest", picture.get("region", "")]))
+        tiles.append({"name": name, "thumbnail": figures.outline(thumbnail, roi), "kind": "given"})
+    for name, region in picture.get("others", {}).items():
+        if region.any():
+            tiles.append({"name": name, "thumbnail": figures.outline(thumbnail, region), "kind": "given"})
     for name in sorted(picture["maps"], key=lambda name: (order.index(name) if name in order else len(order), name)):
         signed = bool(picture["signed"].get(name, False))
         drawn = figures.heat_map(pixels, np.asarray(picture["maps"][name]), signed)
@@ -137,6 +141,8 @@ def _sections(boards: Boards, pictures: Sequence[Mapping[str, Any]]) -> list[dic
             section |= {"facts": long.iloc[0], "samples": board["n_samples"].max(), "csv": csv_name(dataset, "csv")}
             section |= {"long_csv": csv_name(dataset, "long.csv")}
             section |= {"groups": _ranked_groups(board)}
+            section |= {"region": shown[0].get("region", "") if shown else ""}
+            section |= {"proven": bool(shown and shown[0].get("proven"))}
             sections.append(section)
     return sections
 
@@ -157,7 +163,8 @@ def write(boards: Boards, pictures: Sequence[Mapping[str, Any]], folder: Path) -
         What `leaderboards.build` returned.
     pictures : sequence of mapping
         One per sample to show: ``dataset, model, sample, title, image`` (H, W, 3) uint8, ``roi`` (H, W) bool or None,
-        ``maps`` {explainer: (H, W) float}, ``signed`` {explainer: bool}.
+        ``maps`` {explainer: (H, W) float}, ``signed`` {explainer: bool}. Where the data set names its regions also
+        ``region``, the ROI's name, ``others`` {name: (H, W) bool}, and ``proven``: that the model uses the ROI.
     folder : Path
         Where to write; created if need be.
     """

@@ -16,9 +16,9 @@ T = TypeVar("T")
 GROUPS = (
     "faithfulness",
     "localization",
+    "plausibility",
     "compactness",
     "class_sensitivity",
-    "plausibility",
     "robustness",
     "randomization",
     "axiomatic",

@@ -84,7 +84,7 @@ class Busi(FileDataset):
     where: ClassVar[str] = "https://scholar.cu.edu.eg/?q=afahmy/pages/dataset"
     tree: ClassVar[str] = f"{FOLDER}/{{benign,malignant,normal}}/ with CLASS (i).png, CLASS (i)_mask.png, _mask_1.png"
     counts: ClassVar[str] = "780 images: 437 benign, 210 malignant, 133 normal"
-    splitting: ClassVar[str] = "70, 15 and 15 % of every class, near-duplicates kept together; none is published"
+    splitting: ClassVar[str] = "about 70, 15 and 15 % of every class, by groups of near-duplicates; none is published"
     labelling: ClassVar[str] = "the class folder"
     roi_rule: ClassVar[str] = "the union of an image's lesion masks, for either lesion class; normal images have none"
     faults: ClassVar[str] = (

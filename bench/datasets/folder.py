@@ -25,6 +25,9 @@ class Folder(FileDataset):
     the classes, they are the splits; otherwise images are dealt, 70, 15 and 15 % of every class, in an order that
     follows from the hash of the seed and the group's name.
 
+    A model must tell the same classes: train one (`explainer-bench train` with a recipe of your own). For a model of
+    ImageNet's classes put the images in `val/WNID/` and take the data set `imagenet`.
+
     Parameters
     ----------
     root : Path

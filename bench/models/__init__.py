@@ -460,7 +460,9 @@ def _check_classes(model: Model, class_names: tuple[str, ...]) -> None:
     if len(own) != len(class_names) or (not anonymous and own != class_names):
         wrong = f"model {model.name!r} tells {len(own)} classes ({_some(own)})"
         needed = f"the data set has {len(class_names)} ({_some(class_names)})"
-        raise RequestError(f"{wrong}, {needed}: train one for it with explainer-bench train.")
+        imagenet = len(own) == 1000 and not model.meta
+        other = " (or put the images in val/WNID/ and take --dataset imagenet)" if imagenet else ""
+        raise RequestError(f"{wrong}, {needed}: train one for it with explainer-bench train{other}.")
     model.class_names = class_names
 
 

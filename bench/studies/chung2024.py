@@ -14,7 +14,7 @@ from scipy import stats
 import adapters
 import metrics
 from bench.datasets import chung2024 as annotated
-from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights
+from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights, training_of
 from explainer_bench import written
 from leaderboards import beside, statistics
 from metrics import Samples
@@ -79,7 +79,7 @@ class Chung2024(Study):
         name = DATASETS[dataset]
         recipe = f"chung2024_{name}_{MODELS[model]}"
         variant = "chung2024_resize" if dataset in ("CP-Child", "DUKE") else "chung2024_crop"
-        how = f"explainer-bench train {recipe} --data-root DIR --out DIR, or the authors' checkpoint ({REPOSITORY})"
+        how = f"{training_of(recipe)}; or the authors' checkpoint ({REPOSITORY})"
         return Part(
             names={"dataset": dataset, "model": model},
             dataset=f"{name}[annotations={written(_annotations(data_root))}{TASK.get(name, '')}]",
@@ -129,10 +129,11 @@ _WIDE = (
     "row by row. Random rows are expectations."
 )
 _LONG = (
-    "Intervals of the pointing game are Wilson's where every image is of another patient, the others are bootstrapped "
-    "over patients (DUKE's 50 masks are of 42). fisher_p tests, unpaired and uncorrected, whether a trivial map and "
-    "the best of the 12 published methods differ at all, as if all images were independent. The prior leaves out the "
-    "image, not its patient. draws_sd is the standard deviation of the mean over single draws of a random map."
+    "Intervals of hits are Wilson's where every image is of another patient, the others are bootstrapped over patients "
+    "(DUKE's 50 masks are of 42). Random rows are expectations over all draws, so theirs tell of the images alone. "
+    "fisher_p tests, unpaired and uncorrected, whether a trivial map and the best of the 12 published methods differ "
+    "at all, as if all images were independent. The prior leaves out the image, not its patient. draws_sd is the "
+    "standard deviation of the mean over single draws of a random map."
 )
 
 

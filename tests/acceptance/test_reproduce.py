@@ -29,7 +29,7 @@ def test_masks_only(command, shared, tmp_path):
     [
         (["chung2023"], "Did you mean chung2024"),
         (["chung2024"], "nothing can be run"),
-        (["goncalves2022", "--masks-only"], "masks_only"),
+        (["goncalves2022", "--masks-only"], "--masks-only is for chung2024"),
         (["chung2024", "--masks-only"], "no annotations in"),
     ],
 )
