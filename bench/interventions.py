@@ -12,6 +12,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from bench.datasets.phantom import Phantom
 from bench.models import Model
+from bench.precision import full_precision
 
 INTERVENTIONS: dict[str, dict[str, str]] = {
     "as they are": {},
@@ -71,7 +72,7 @@ def _row(what: str, right: np.ndarray, same: np.ndarray) -> dict[str, float | st
 
 def _top(dataset: Phantom, model: Model, n: int) -> np.ndarray:
     """(n,) int: the model's top class of the first n images."""
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         return np.concatenate([model.module(batch).argmax(1).cpu().numpy() for batch in _batches(dataset, model, n)])
 
 

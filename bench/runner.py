@@ -24,6 +24,7 @@ from adapters import Explainer
 from adapters.recording import explain_together, shareable
 from adapters.state import ModelChangedError
 from bench import datasets, models, mosaics
+from bench.precision import full_precision
 from bench.problem import Problem, Shard
 from bench.store import Store, identity, key
 from bench.suite import Suite
@@ -449,20 +450,6 @@ def _unique(components: list[Any]) -> list[Any]:
         if seen.setdefault(component.spec, component) is not component:
             raise RequestError(f"{component.spec!r} is asked for twice; name it once.")
     return components
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Make fp32 mean fp32 on CUDA: by default TF32 rounds the inputs of convolutions to 10 bits."""
-    switches: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for switch, was in zip(switches, before, strict=True):
-            switch.allow_tf32 = was
 
 
 @contextmanager

@@ -11,6 +11,16 @@ from explainer_bench import RequestError, did_you_mean, parse_spec
 
 _FOLDER = Path(__file__).parent
 _SUFFIXES = (".yaml", ".yml")
+_ELSEWHERE = {  # what others call our fields
+    "learning_rate": "lr",
+    "optim": "optimizer",
+    "batch": "batch_size",
+    "wd": "weight_decay",
+    "max_epochs": "epochs",
+    "early_stopping": "patience",
+    "criterion": "loss",
+    "model": "architecture",
+}
 
 
 def names() -> list[str]:
@@ -38,7 +48,8 @@ def get(spec: str, **changes: Any) -> Recipe:
     known = [field for field in Recipe.model_fields if field != "name"]
     for key in content:
         if key not in known:
-            raise RequestError(f"recipe {name!r} has no parameter {key!r}.{did_you_mean(str(key), known)}")
+            meant = f" Did you mean {_ELSEWHERE[key]}?" if key in _ELSEWHERE else did_you_mean(str(key), known)
+            raise RequestError(f"recipe {name!r} has no parameter {key!r}.{meant}")
     try:
         return Recipe(name=Path(name).stem if name.endswith(_SUFFIXES) else name, **content)
     except pydantic.ValidationError as error:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import pandas as pd
 
-from bench import api, datasets
+from bench import api, datasets, recipes
 from bench.datasets.files import FileDataset
 from bench.models import SUFFIXES, checkpoints
 from bench.runner import Progress, Run
@@ -65,6 +65,14 @@ class Weights:
             return str(path)
         variant = f",preprocessing={self.preprocessing}" if self.preprocessing else ""
         return f"{self.architecture}[weights={path}{variant}]"
+
+
+def training_of(recipe: str, options: str = "") -> str:
+    """Return the command that trains a recipe, ready but for its FILE and DIRs, and what FILE is."""
+    init = recipes.get(recipe).starts_from
+    quoted = f'"{recipe}"' if "[" in recipe else recipe
+    start, what = (" --weights FILE", f"; FILE: {init}") if init else ("", "")
+    return f"explainer-bench train {quoted} --data-root DIR{start}{options} --out DIR{what}"
 
 
 @dataclass(frozen=True)

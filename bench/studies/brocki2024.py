@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 import metrics
-from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights
+from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights, training_of
 from bench.studies.maps import explained, models, of_classes
 from explainer_bench import RequestError
 from leaderboards import beside, statistics, study_figures
@@ -109,10 +109,8 @@ class Brocki2024(Study):
         return {**CDAM, **concept, **OTHERS}
 
     def _imagenet(self) -> Part:
-        how = (
-            "explainer-bench train brocki2024_imagenet --weights dino_deitsmall8_pretrain.pth, or one file of DINO's "
-            "ViT-S/8 with a linear classifier as head.weight and head.bias"
-        )
+        whole = "one file of DINO's ViT-S/8 with a linear classifier as head.weight and head.bias"
+        how = f"{training_of('brocki2024_imagenet')}; or, instead, {whole}"
         return Part(
             names={"dataset": IMAGENET, "model": MODEL},
             dataset="imagenet",
@@ -123,11 +121,10 @@ class Brocki2024(Study):
         )
 
     def _lidc(self) -> Part:
-        how = "explainer-bench train brocki2024_lidc --weights dino_deitsmall8_pretrain.pth"
         return Part(
             names={"dataset": LIDC, "model": MODEL},
             dataset="lidc_idri[folds=nodule]",
-            weights=Weights("brocki2024_lidc", how, "dino_vits8", "brocki2024_lidc"),
+            weights=Weights("brocki2024_lidc", training_of("brocki2024_lidc"), "dino_vits8", "brocki2024_lidc"),
             explainers=[*self.explainers, *TRIVIAL],
             metrics=[*FIDELITY, *ORDERS, *BOXES, *COMPACTNESS, *SENSITIVITY, *LOCALIZATION],
             samples=1000,

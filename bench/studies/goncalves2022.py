@@ -13,10 +13,11 @@ import torch
 
 import adapters
 from bench import models, recipes
+from bench.precision import full_precision
 from bench.problem import Problem, Shard
-from bench.runner import Progress, full_precision
+from bench.runner import Progress
 from bench.store import key
-from bench.studies.base import PUBLISHED, TRIVIAL, Done, Part, Section, Study, Weights
+from bench.studies.base import PUBLISHED, TRIVIAL, Done, Part, Section, Study, Weights, training_of
 from bench.training import performance
 from leaderboards import beside, statistics
 from leaderboards import survey_figures as figures
@@ -159,8 +160,7 @@ _YES = {True: "yes", False: "no"}
 def _parts(dataset: str, model: str) -> Iterator[Part]:
     spec = f"goncalves2022[dataset={DATASETS[dataset]},architecture={MODELS[model].architecture}]"
     recipe = recipes.get(spec)
-    start, file = (" --weights FILE", f"; FILE is {recipe.starts_from}") if recipe.starts_from else ("", "")
-    how = f'explainer-bench train "{spec}" --data-root DATA{start} --fraction F, F as the name ends (1 without){file}'
+    how = f"{training_of(spec, ' --fraction F')}; F: as the name ends (1 without)"
     for percent in FRACTIONS:
         ending = "" if percent == 100 else f"_{percent / 100:g}"
         yield Part(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights
+from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights, training_of
 from bench.studies.maps import explained, models, of_classes
 from leaderboards import study_figures
 from leaderboards.study_figures import Picture
@@ -166,7 +166,7 @@ _MASKED = (
 
 
 def _weights(study: str) -> Weights:
-    return Weights(STEMS[study], f"explainer-bench train {STEMS[study]}", "vit_base_patch16_224", "komorowski2023")
+    return Weights(STEMS[study], training_of(STEMS[study]), "vit_base_patch16_224", "komorowski2023")
 
 
 def _trimmed(table: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,12 +18,12 @@ import torch
 
 from bench import datasets, models, recipes
 from bench.datasets.base import Dataset, Sample
-from bench.models import Model
+from bench.models import Model, checkpoints
 from bench.recipes import Recipe
 from bench.store import Store
 from bench.training import loop, performance
 from bench.training import report as reporting
-from bench.training.loop import Progress, Split, State
+from bench.training.loop import WAY_OUT, Progress, Split, State, Tell
 from bench.training.performance import Performance
 from explainer_bench import RequestError, __version__, parse_spec, write_atomically
 
@@ -49,12 +50,12 @@ def train(
     progress: Progress | None = None,
     fresh: bool = False,
     workers: int = 0,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
     """Train a recipe's model, measure it on the val and test splits, write checkpoint, report, curve and card.
 
     After every epoch the training's state is written beside the checkpoint. The same call goes on from there, and
-    ends with the same weights, bit by bit, as one that was never interrupted.
+    ends with the same weights, bit by bit, as one that was never interrupted. Where it has ended, nothing is trained.
 
     Parameters
     ----------
@@ -76,11 +77,12 @@ def train(
     progress : callable, optional
         ``progress(steps done, steps in all, what is going on)``.
     fresh : bool
-        Start anew instead of going on from a state that an interrupted training left.
+        Start anew, whatever an interrupted or a finished training of that name left in `out`.
     workers : int
         Processes that read images; no number depends on it.
     tell : callable
-        Given a line for the user: that an interrupted training is gone on with.
+        Given lines for the user: that an interrupted training is gone on with, that the model is there already, and
+        the losses of every epoch.
 
     Returns
     -------
@@ -91,8 +93,10 @@ def train(
     Raises
     ------
     RequestError
-        For an unknown recipe or field, a wrong fraction, unusable data or weights, a state of another training, a
-        folder that cannot be written to, or a loss or outputs that are not finite.
+        For an unknown recipe or field, a wrong fraction, unusable data or weights, a state or a checkpoint of another
+        training, a folder that cannot be written to, or a loss or outputs that are not finite.
+    KeyboardInterrupt
+        On Ctrl-C, with what is kept as its text.
     """
     if not 0 < fraction <= 1:
         raise RequestError(f"fraction {fraction} is not a share of the training data: give one in (0, 1].")
@@ -121,15 +125,20 @@ def train(
     if fresh:
         state.remove()
     if begin := state.load():
-        tell(f"{model.name} goes on after epoch {len(begin['history'])} of {recipe.epochs} ({state.path}).")
-    splits = {split: read(recipe, *part, model, workers, values.get(split)) for split, part in parts.items()}
-    fitted = loop.fit(recipe, model, splits["train"], splits["val"], device, seed, progress, begin, state.save)
-    if recipe.half:
-        model.module.half().float()  # what is measured below is what the checkpoint will hold
-    measured = {split: measure(recipe, model, splits[split], device, split) for split in ("val", "test")}
-    report = {"model": model.name, **request, "shared_groups": shared_groups(parts), **fitted._asdict()}
-    report |= _figures(measured, splits)
-    report = _write(Path(out), recipe, model, report)
+        tell(f"{model.name} goes on after epoch {state.epochs} of {recipe.epochs} ({state.path}).")
+    elif not fresh and (found := _finished(Path(out) / f"{model.name}.safetensors", state.request)):
+        tell(f"{model.name} is there already, nothing is trained: --fresh trains it anew.")
+        return {**_describe(Path(out), recipe, found), "seconds": round(time.perf_counter() - begun, 1)}
+    with _saying_what_is_kept(state):
+        splits = {split: read(recipe, *part, model, workers, values.get(split)) for split, part in parts.items()}
+        fitted = loop.fit(
+            recipe, model, splits["train"], splits["val"], device, seed, progress, begin, state.save, tell
+        )
+        if recipe.half:
+            model.module.half().float()  # what is measured below is what the checkpoint will hold
+        measured = {split: measure(recipe, model, splits[split], device, split) for split in ("val", "test")}
+        report = {"model": model.name, **request, "shared_groups": shared_groups(parts), **fitted._asdict()}
+        report = _write(Path(out), recipe, model, report | _figures(measured, splits))
     state.remove()
     return {**report, "seconds": round(time.perf_counter() - begun, 1)}
 
@@ -140,6 +149,32 @@ def _prepared(out: Path, name: str) -> Path:
         if (out / f"{name}.{ending}").is_dir():
             raise RequestError(f"{out / name}.{ending} is a folder where a file is to be written: give another --out.")
     return Store(out).prepare().root
+
+
+def _finished(checkpoint: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the report in the header of a checkpoint of the same request; None where there is no file."""
+    if not checkpoint.exists():
+        return None
+    try:
+        found = checkpoints.header(checkpoint).get("training", {})
+    except RequestError:
+        found = {}
+    if not found.get("params"):
+        raise RequestError(f"{checkpoint} is no checkpoint of a training: {WAY_OUT}.")
+    loop.check_same(checkpoint, {name: found.get(name) for name in request}, request)
+    return found
+
+
+@contextmanager
+def _saying_what_is_kept(state: State) -> Iterator[None]:
+    """Give Ctrl-C a text."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = (
+            f"the training is kept up to epoch {state.epochs}, and the same command without --fresh goes on from here"
+        )
+        raise KeyboardInterrupt(kept if state.epochs else "no epoch was finished, so nothing is kept") from None
 
 
 def _check_weights(recipe: Recipe, weights: Path | None) -> None:
@@ -283,10 +318,15 @@ def _figures(measured: dict[str, Performance], splits: dict[str, Split]) -> dict
 
 
 def _write(out: Path, recipe: Recipe, model: Model, report: dict[str, Any]) -> dict[str, Any]:
-    """Write the checkpoint, then the report with the fingerprint of what the checkpoint holds, curve and card."""
-    checkpoint = out / f"{model.name}.safetensors"
+    """Write the checkpoint, and what tells people of it."""
     evidence = {"evidence": recipe.evidence} if recipe.evidence else {}
-    models.save(checkpoint, model, half=recipe.half, training=report, **evidence)
+    models.save(out / f"{model.name}.safetensors", model, half=recipe.half, training=report, **evidence)
+    return _describe(out, recipe, report)
+
+
+def _describe(out: Path, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]:
+    """Write the report with the fingerprint of what the checkpoint holds, curve and card."""
+    checkpoint = out / f"{report['model']}.safetensors"
     report = {**report, "model_fingerprint": models.get(checkpoint).fingerprint, "checkpoint": checkpoint.name}
     history, best = report["history"], report["best_epoch"]
     contents = (
@@ -296,5 +336,5 @@ def _write(out: Path, recipe: Recipe, model: Model, report: dict[str, Any]) -> d
         reporting.card(recipe, report),
     )
     for ending, content in zip(_FOR_PEOPLE, contents, strict=True):
-        write_atomically(out / f"{model.name}.{ending}", content)
+        write_atomically(out / f"{report['model']}.{ending}", content)
     return {**report, "checkpoint": str(checkpoint)}

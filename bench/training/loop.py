@@ -23,12 +23,15 @@ from torch import Tensor, nn
 
 from bench.datasets.base import Dataset, Item, Sample
 from bench.models import Model
+from bench.precision import full_precision
 from bench.recipes import Recipe
 from bench.training import augmentation
 from explainer_bench import RequestError, write_atomically
 
 Progress = Callable[[int, int, str], None]
+Tell = Callable[[str], None]
 IN_MEMORY = 4 * 2**30  # bytes of a split's images, beyond which they are read batch by batch
+WAY_OUT = "give another --out, or --fresh to start anew"
 
 
 class Fit(NamedTuple):
@@ -121,6 +124,7 @@ class State:
 
     def __init__(self, path: Path, request: dict[str, Any]) -> None:
         self.path, self.request = path, json.loads(json.dumps(request))
+        self.epochs = 0  # that a later call need not train again
 
     def load(self) -> dict[str, Any] | None:
         """Return what was saved; None where there is nothing.
@@ -132,15 +136,13 @@ class State:
         """
         if not self.path.is_file():
             return None
-        way_out = "give another --out, or --fresh to start anew"
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
             found = json.loads(content["request"])
         except Exception as error:  # the unpickler lets any kind through on rubbish
-            raise RequestError(f"{self.path} is no state of a training: {way_out}.") from error
-        if found != self.request:
-            what, had, has = _first_difference(found, self.request)
-            raise RequestError(f"{self.path} is of a training with {what} {had}, not {has}: {way_out}.")
+            raise RequestError(f"{self.path} is no state of a training: {WAY_OUT}.") from error
+        check_same(self.path, found, self.request)
+        self.epochs = len(content["history"])
         return content
 
     def save(self, content: dict[str, Any]) -> None:
@@ -148,10 +150,18 @@ class State:
         buffer = io.BytesIO()
         torch.save({**content, "request": json.dumps(self.request)}, buffer)
         write_atomically(self.path, buffer.getvalue())
+        self.epochs = len(content["history"])
 
     def remove(self) -> None:
         """Forget what was saved."""
         self.path.unlink(missing_ok=True)
+
+
+def check_same(path: Path, found: dict[str, Any], request: dict[str, Any]) -> None:
+    """Refuse what `path` holds where it is of another request, both as JSON has them."""
+    if found != request:
+        what, had, has = _first_difference(found, request)
+        raise RequestError(f"{path} is of a training with {what} {had}, not {has}: {WAY_OUT}.")
 
 
 def _first_difference(one: Any, other: Any, name: str = "") -> tuple[str, Any, Any]:
@@ -176,6 +186,7 @@ def fit(
     progress: Progress | None = None,
     begin: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] = _silent,
+    tell: Tell = _silent,
 ) -> Fit:
     """Train `model` in place and leave it with the weights of the epoch of least validation loss, frozen.
 
@@ -187,6 +198,8 @@ def fit(
         What `save` was given last, to go on from there.
     save : callable
         Given everything that the rest of the training follows from, after every epoch.
+    tell : callable
+        Given a line on every epoch.
     """
     with _deterministic(device):
         learner = Learner(recipe, model, train, device, seed)
@@ -195,6 +208,7 @@ def fit(
         while not learner.finished:
             learner.advance(val, progress or _silent)
             save(learner.state())
+            tell(learner.line)
         model.module.load_state_dict(learner.best)
     model.module.eval().requires_grad_(False)
     return Fit(learner.best_epoch, learner.history)
@@ -242,6 +256,13 @@ class Learner:
         patience = self.recipe.patience
         return len(self.history) >= self.recipe.epochs or (patience is not None and stalled >= patience)
 
+    @property
+    def line(self) -> str:
+        """What the last epoch came to."""
+        last = self.history[-1]
+        losses = f"train loss {last['train_loss']:.4f}, val loss {last['val_loss']:.4f}"
+        return f"epoch {len(self.history)} of {self.recipe.epochs}: {losses}, {last['seconds']:.1f} s"
+
     def advance(self, val: Split, progress: Progress) -> None:
         """Train for one epoch, validate, and keep the weights if they are the best so far."""
         begun = time.perf_counter()
@@ -250,7 +271,9 @@ class Learner:
             losses = list(self._epoch(epoch, progress))
         entry = {"train_loss": float(np.mean(losses)), "val_loss": self.validate(val)}
         if not all(map(math.isfinite, entry.values())):
-            raise RequestError(f"the loss is not finite in epoch {epoch}: take a smaller lr than {self.recipe.lr:g}.")
+            raise RequestError(
+                f"the loss is not finite in epoch {epoch}: take a smaller lr than {self.recipe.lr:g}, with --fresh."
+            )
         entry |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - begun, 1)}
         self.history.append(entry)
         if entry["val_loss"] <= min(past["val_loss"] for past in self.history):
@@ -376,7 +399,7 @@ def predict(model: Model, split: Split, device: str, batch_size: int = 64) -> tu
     model.module.eval()
     rows = torch.arange(len(split)).split(batch_size)
     outputs, known = [], []
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         for images, targets in split.batches(rows):
             outputs.append(model.module(model.normalise(images.to(device))).cpu())
             known.append(targets)

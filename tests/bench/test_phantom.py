@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from skimage.filters import sobel
 
 from bench import datasets, interventions, models, recipes
@@ -208,3 +209,11 @@ def test_the_recipe_makes_the_shipped_model(cls):
     recipe, model = recipes.get(cls.name), models.get(cls.shipped_model)
     assert recipe.checkpoint_name == model.name and recipe.evidence == model.meta["evidence"]
     assert {**recipe.kwargs, "num_classes": K} == model.kwargs and recipe.architecture == model.architecture
+
+
+def test_interventions_are_of_full_precision():
+    """CUDA would round the inputs of convolutions to 10 bits."""
+    model, seen = models.get(Phantom.shipped_model), []
+    model.module.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    interventions.table(Phantom(size=2), model)
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32

@@ -1,5 +1,8 @@
 """Reproducing a study: what is missing is said, what is there is run, published values stand beside ours."""
 
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ import safetensors.torch
 import torch
 
 import leaderboards
-from bench import models, reproduction
+from bench import cli, models, reproduction, studies, training
 from bench.datasets.digits import Digits
 from bench.studies import Part, Study, Weights
 from explainer_bench import RequestError
@@ -186,3 +189,24 @@ def test_the_best_trivial_row_is_the_one_to_beat():
     rng = np.random.default_rng(0)
     table = _compared(rng.uniform(0, 1, 30) + 1, rng.uniform(0, 1, 30), rng.uniform(0, 1, 30) - 1)
     assert set(table["best_trivial"]) == {"random"} and table.loc["mine", "over_trivial_low"] > 0
+
+
+class GotToTheDataError(Exception):
+    """The command lacked nothing but data."""
+
+
+@pytest.mark.parametrize("study", studies.registry.names())
+def test_the_commands_of_a_dry_run_lack_nothing(tmp_path, monkeypatch, study):
+    def choose(*_):
+        raise GotToTheDataError
+
+    monkeypatch.setattr(training, "choose", choose)
+    hows = {part.weights.how for part in studies.get(study).parts(None)}
+    commands = {command for how in hows for command in re.findall("(explainer-bench train .*?)(?:;|$)", how)}
+    assert len(commands) == len(hows)
+    for command in commands:
+        arguments = [{"FILE": "f.pth", "DIR": str(tmp_path), "F": "0.5"}.get(a, a) for a in shlex.split(command)]
+        assert {"--data-root", "--out"} < set(arguments)
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(GotToTheDataError):
+            cli.main()

@@ -118,9 +118,11 @@ def test_what_is_missing_is_grouped(roots, tmp_path):
     stem = "goncalves2022_aptos2019_cbam_resnet50_goncalves"
     assert line.startswith(f"no {stem}_0.{{01,1,5}}.safetensors or .pth under {roots['weights_root']}: ")
     command = 'explainer-bench train "goncalves2022[dataset=aptos2019,architecture=cbam_resnet50_goncalves]"'
-    assert f"{command} --data-root DATA --fraction F" in line and "--weights" not in line
+    assert f"{command} --data-root DIR --fraction F --out DIR" in line and "--weights" not in line
     (line,) = [line for line in result.missing if "aptos2019_densenet121" in line]
-    assert "--data-root DATA --weights FILE --fraction F" in line and "FILE is torchvision's DenseNet-121" in line
+    assert (
+        "--data-root DIR --weights FILE --fraction F --out DIR" in line and "FILE: torchvision's DenseNet-121" in line
+    )
 
 
 def test_only_what_is_there_is_run(reproduced, out):
