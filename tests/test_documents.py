@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -16,7 +17,7 @@ import adapters
 import metrics
 from adapters import conformance
 from adapters.recording import shareable
-from bench import cli, datasets, studies, suite
+from bench import cli, datasets, models, studies, suite
 from bench.datasets.base import facts
 from bench.datasets.lidc_idri import BIOMARKERS
 from explainer_bench import split_specs
@@ -80,12 +81,18 @@ def test_the_commands_of_choosing_parameters(tmp_path, monkeypatch):
 
 def test_the_commands_of_training(tmp_path, monkeypatch):
     document = "docs/how-to/train-a-model.md"
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", (HOUSE / document).read_text(), re.DOTALL)
-    (tmp_path / "mine.yaml").write_text(recipe)
+    blocks = re.findall(r"```yaml\n(.*?)```", (HOUSE / document).read_text(), re.DOTALL)
+    for name, recipe in zip(("mine", "photos"), blocks, strict=True):
+        (tmp_path / f"{name}.yaml").write_text(recipe)
+    for i in range(20):
+        (folder := tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9), 9 * i, np.uint8)).save(folder / f"{i}.png")
+    start = models.create("vit_tiny_patch16_224").module.state_dict()
+    safetensors.torch.save_file(start, tmp_path / "vit_tiny.safetensors")
     monkeypatch.chdir(tmp_path)
-    assert follow(document, monkeypatch) == 3
+    assert follow(document, monkeypatch) == 4
     written = {path.name for path in Path("checkpoints").rglob("*.md")}
-    assert written == {"digits_vit.md", "digits_vit_0.1.md", "mine.md"}
+    assert written == {"digits_vit.md", "digits_vit_0.1.md", "mine.md", "photos.md"}
 
 
 def test_the_commands_of_reproducing_a_study(tmp_path, monkeypatch, capsys):
