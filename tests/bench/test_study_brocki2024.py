@@ -70,7 +70,7 @@ def test_what_is_there_is_run_and_the_rest_is_named(imagenet):
 
 def test_a_dry_run_says_how_to_get_models_and_data(tmp_path):
     result = reproduction.reproduce("brocki2024", tmp_path / "out", dry_run=True)
-    assert result.plan["images"].tolist() == [1000, 1000] and not (tmp_path / "out").exists()
+    assert result.plan["images planned"].tolist() == [1000, 1000] and not (tmp_path / "out").exists()
     assert "dino_deitsmall8_pretrain.pth" in "\n".join(result.missing)
 
 

@@ -70,7 +70,7 @@ def test_what_is_there_is_run_and_the_rest_is_named(reproduced):
 def test_a_dry_run_says_how_to_get_models_and_data(tmp_path):
     result = reproduction.reproduce("komorowski2023", tmp_path / "out", data_root=tmp_path, dry_run=True)
     text = "\n".join(result.missing)
-    assert result.plan["images"].tolist() == [87, 300, 300, 300] and not (tmp_path / "out").exists()
+    assert result.plan["images planned"].tolist() == [87, 300, 300, 300] and not (tmp_path / "out").exists()
     assert "explainer-bench train komorowski2023 --" in text and "train komorowski2023_cvprw --" in text
 
 
