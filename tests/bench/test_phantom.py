@@ -194,9 +194,9 @@ def test_the_shipped_models_use_what_they_say(cls, used, other):
     model = models.get(cls.shipped_model, cls.class_names)
     assert model.meta["evidence"] == used
     assert models.shipped()[cls.shipped_model].stat().st_size < 4_000_000
-    table = interventions.table(cls(size=256), model).set_index("images")
+    table = interventions.table(cls(size=512), model).set_index("images")
     accuracy, chance = table["accuracy"], table["chance"].iloc[0]
-    assert table["n"].eq(256).all() and accuracy["as they are"] > 0.9
+    assert table["n"].eq(512).all() and accuracy["as they are"] > 0.9
     assert abs(accuracy[f"{used} removed"] - chance) < 0.1 and abs(accuracy[f"{used} removed"] - 1 / K) < 0.1
     for what in (f"{other} removed", f"{other} moved"):
         assert abs(accuracy[what] - accuracy["as they are"]) <= 0.02
