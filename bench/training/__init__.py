@@ -110,17 +110,7 @@ def train(
             recipe, weights, [str(name) for name in values["train"]] if values else parts["train"].dataset.class_names
         )
     model.name += "" if fraction == 1 else f"_{fraction:g}"
-    request = {
-        "recipe": recipe.name,
-        "params": recipe.model_dump(mode="json", exclude=_WORDS),
-        "fraction": fraction,
-        "seed": seed,
-        "device": device,
-        "data": {split: _count(part) for split, part in parts.items()},
-        "initial_fingerprint": replace(model).fingerprint,
-        "torch": torch.__version__,
-        "explainer_bench": __version__,
-    }
+    request = _request(recipe, model, parts, fraction, seed, device)
     state = State(_prepared(Path(out), model.name) / f"{model.name}.state.pt", request)
     if fresh:
         state.remove()
@@ -141,6 +131,23 @@ def train(
         report = _write(Path(out), recipe, model, report | _figures(measured, splits))
     state.remove()
     return {**report, "seconds": round(time.perf_counter() - begun, 1)}
+
+
+def _request(
+    recipe: Recipe, model: Model, parts: dict[str, Part], fraction: float, seed: int, device: str
+) -> dict[str, Any]:
+    """Return everything that the final weights follow from."""
+    return {
+        "recipe": recipe.name,
+        "params": recipe.model_dump(mode="json", exclude=_WORDS),
+        "fraction": fraction,
+        "seed": seed,
+        "device": device,
+        "data": {split: _count(part) for split, part in parts.items()},
+        "initial_fingerprint": replace(model).fingerprint,
+        "torch": torch.__version__,
+        "explainer_bench": __version__,
+    }
 
 
 def _prepared(out: Path, name: str) -> Path:
