@@ -491,9 +491,7 @@ def reproduce(
         err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
     if not dry_run:
         out.print(f"Tables: {folder} (page: {folder / 'index.html'})", soft_wrap=True)
-        _fail(
-            result.failures + [f"{n} of {len(result.plan)} parts lack data or weights" for n in [_lacking(result)] if n]
-        )
+        _fail(result.failures + _lacking(result.plan))
 
 
 _MOST_ROWS = 60  # longer tables are in the files
@@ -503,8 +501,9 @@ def _rounded(value: Any) -> Any:
     return f"{value:.3f}" if isinstance(value, float) and value == value else value
 
 
-def _lacking(result: Any) -> int:
-    return int(result.plan["state"].ne("ready").sum()) if len(result.plan) else 0
+def _lacking(plan: Any) -> list[str]:
+    lacking = int(plan["state"].ne("ready").sum()) if len(plan) else 0
+    return [f"{lacking} of {len(plan)} parts lack data or weights"] if lacking else []
 
 
 @data_app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,16 @@ KEYS = ["dataset", "model", "metric", "explainer"]
 N_BOOT = 2_000
 _OURS = {"mean": "ours", "ci_low": "ours_low", "ci_high": "ours_high"}
 _OVER = ["over_trivial", "over_trivial_low", "over_trivial_high"]
+
+
+def interval(
+    values: np.ndarray, clusters: np.ndarray, read: Callable[[np.ndarray], np.ndarray] = lambda means: means
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the 95 % interval of what is `read` off the mean of values (N, K), resampled by clusters (N,) int.
+
+    `read` turns means (B, K) of B resamples into (B, ...); low and high are (...).
+    """
+    return statistics.interval(read(statistics.bootstrap_means(values, clusters, N_BOOT, np.random.default_rng(0))))
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -93,7 +103,5 @@ def _differences(values: pd.DataFrame, clusters: np.ndarray, trivial: Collection
         return pd.DataFrame(columns=["explainer", "best_trivial", *_OVER])
     best = str(known.idxmax())
     differences = values.sub(values[best], axis=0).to_numpy()
-    replicates = statistics.bootstrap_means(differences, clusters, N_BOOT, np.random.default_rng(0))
-    low, high = statistics.interval(replicates)
-    named = dict(zip(_OVER, (statistics.mean(differences), low, high), strict=True))
+    named = dict(zip(_OVER, (statistics.mean(differences), *interval(differences, clusters)), strict=True))
     return pd.DataFrame({"explainer": values.columns, "best_trivial": best, **named})

@@ -45,6 +45,12 @@ def outline(thumbnail: np.ndarray, roi: np.ndarray | None) -> np.ndarray:
     return drawn
 
 
+def strengths(values: np.ndarray) -> np.ndarray:
+    """Scale an array to [-1, 1]: a few of the largest magnitudes are cut off."""
+    top = np.percentile(np.abs(values), _PERCENTILE) or np.abs(values).max() or 1.0
+    return np.clip(values / top, -1, 1)
+
+
 def heat_map(pixels: np.ndarray, values: np.ndarray, signed: bool) -> np.ndarray | None:
     """Overlay an attribution map on the grey image.
 
@@ -67,8 +73,7 @@ def heat_map(pixels: np.ndarray, values: np.ndarray, signed: bool) -> np.ndarray
     base = image(pixels)
     grey = np.repeat(base.mean(axis=2, keepdims=True), 3, axis=2) / 255
     values = _resize(values if signed else values - values.min(), base.shape[:2])
-    top = np.percentile(np.abs(values), _PERCENTILE) or np.abs(values).max() or 1.0
-    strength = np.clip(values / top, -1, 1)
+    strength = strengths(values)
     if signed:
         colour, alpha = matplotlib.colormaps[SIGNED](0.5 + strength / 2), np.abs(strength)[..., None] ** 0.5
     else:

@@ -17,10 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from explainer_bench import write_atomically
-from leaderboards.figures import SIGNED, UNSIGNED
+from leaderboards.figures import SIGNED, UNSIGNED, strengths
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's, for the colour-blind
-_PERCENTILE = 99.5  # of the magnitude, shown at full strength
 _INNER = (0.1, 99.9)  # percentiles of token scores that a pair plot shows
 
 
@@ -150,9 +149,7 @@ def _draw(axes: Axes, picture: Picture) -> None:
 
 def _colours(values: np.ndarray, signed: bool) -> np.ndarray:
     """(h, w) -> (h, w, 4): strong values cover the image, weak ones let it through."""
-    values = values if signed else values - values.min()
-    top = np.percentile(np.abs(values), _PERCENTILE) or np.abs(values).max() or 1.0
-    strength = np.clip(values / top, -1, 1)
+    strength = strengths(values if signed else values - values.min())
     colours = matplotlib.colormaps[SIGNED](0.5 + strength / 2) if signed else matplotlib.colormaps[UNSIGNED](strength)
     colours[..., 3] = np.abs(strength) ** 0.5 * 0.9 if signed else 0.65
     return colours

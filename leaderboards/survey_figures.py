@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from explainer_bench import write_atomically
+from leaderboards.study_figures import write
 
 Kinds = Mapping[str, tuple[str, bool]]
 _SHARES = (1, 10, 50, 100)
@@ -31,12 +30,6 @@ class Column(NamedTuple):
     model: str
     method: str
     maps: np.ndarray
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return write_atomically(path, buffer.getvalue())
 
 
 def _of_models(table: pd.DataFrame, kinds: Kinds) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
@@ -95,7 +88,7 @@ def accuracy(table: pd.DataFrame, kinds: Kinds, path: Path) -> Path:
             _draw(axes, rows, style, column)
         _finish(axes, title)
     figure.legend(*cells[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    return _save(figure, path)
+    return write(figure, path)
 
 
 def explanations(table: pd.DataFrame, kinds: Kinds, path: Path) -> Path:
@@ -118,7 +111,7 @@ def explanations(table: pd.DataFrame, kinds: Kinds, path: Path) -> Path:
         _finish(axes, method)
     cells[0].set_ylabel("srg over the best trivial row")
     figure.legend(*cells[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    return _save(figure, path)
+    return write(figure, path)
 
 
 def grid(rows: Sequence[str], images: Sequence[np.ndarray], columns: Sequence[Column], path: Path) -> Path:
@@ -150,7 +143,7 @@ def grid(rows: Sequence[str], images: Sequence[np.ndarray], columns: Sequence[Co
                 title = own or (model if i == line == 0 else "")
                 axes = _cell(figure, space[first + line, place], title, usual if place == 1 else "")
                 _blend(figure, axes, image, column.maps[i])
-    return _save(figure, path)
+    return write(figure, path)
 
 
 def _cell(figure: Figure, place: SubplotSpec, title: str, label: str) -> Axes:

@@ -16,7 +16,7 @@ from pydantic import Field
 from scipy.ndimage import gaussian_filter
 from scipy.sparse.csgraph import connected_components
 
-from bench.datasets.files import FileDataset, Found, class_folders, deal, merged, read
+from bench.datasets.files import FileDataset, Found, class_folders, dealt, merged, read
 from explainer_bench import RequestError
 
 FOLDER = "Dataset_BUSI_with_GT"
@@ -108,9 +108,7 @@ class Busi(FileDataset):
         thumbnails = _thumbnails(found)
         alike = (correlations(thumbnails) >= self.threshold) | (aligned(thumbnails) >= self.aligned)
         groups = _groups([item.id for item in found], alike)
-        parts = deal(groups, [item.label for item in found], self.seed)
-        triples = zip(found, groups, parts, strict=True)
-        return [replace(item, group=group, split=part) for item, group, part in triples]
+        return dealt([replace(item, group=group) for item, group in zip(found, groups, strict=True)], self.seed)
 
     def classes_of(self, found: Found) -> tuple[int, ...]:
         """Return both lesion classes: the lesion is the evidence for either."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from bench.datasets.chung2024 import Chung2024
-from bench.datasets.files import Found, class_folders, deal, images
+from bench.datasets.files import TRAIN_VAL, Found, class_folders, dealt, images
 
 FOLDERS = ("Non-Polyp", "Polyp")
-SHARES = {"train": 0.85, "val": 0.15}
 
 
 class CpChild(Chung2024):
@@ -76,9 +74,7 @@ class CpChild(Chung2024):
             for file in images(path)
         ]
         train = [item for item in found if item.split == "train"]
-        parts = deal([item.id for item in train], [item.label for item in train], self.seed, SHARES)
-        dealt = [replace(item, split=part) for item, part in zip(train, parts, strict=True)]
-        return dealt + [item for item in found if item.split == "test"]
+        return dealt(train, self.seed, TRAIN_VAL) + [item for item in found if item.split == "test"]
 
     def key(self, found: Found) -> str:
         """Return the file's name for the polyps of the test folder."""

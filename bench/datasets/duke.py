@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from bench.datasets.chung2024 import Chung2024
-from bench.datasets.files import Found, class_folders, deal, images
+from bench.datasets.files import Found, class_folders, dealt, images
 from explainer_bench import RequestError
 
 FOLDERS = ("neg", "pos")
@@ -78,8 +77,7 @@ class Duke(Chung2024):
             for label, path in class_folders(folder, FOLDERS)
             for file in images(path)
         ]
-        parts = deal([item.group for item in found], [item.label for item in found], self.seed)
-        return [replace(item, split=part) for item, part in zip(found, parts, strict=True)]
+        return dealt(found, self.seed)
 
     def key(self, found: Found) -> str:
         """Return the file's name for positive slices."""

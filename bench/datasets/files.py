@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from explainer_bench import RequestError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
+TRAIN_VAL = {"train": 0.85, "val": 0.15}  # where the archive has a test part of its own
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,12 @@ def _digest(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str
     return hashed.hexdigest()
 
 
+def dealt(found: Sequence[Found], seed: int, shares: Mapping[str, float] = SHARES) -> list[Found]:
+    """Return images with their split: whole groups are dealt, see `deal`; an image without a group is its own."""
+    splits = deal([item.group or item.id for item in found], [item.label for item in found], seed, shares)
+    return [replace(item, split=split) for item, split in zip(found, splits, strict=True)]
+
+
 def deal(groups: Sequence[str], labels: Sequence[int], seed: int, shares: Mapping[str, float] = SHARES) -> list[str]:
     """Deal whole groups to splits, stratified by the class of each group's first image.
 
@@ -289,13 +296,13 @@ def deal(groups: Sequence[str], labels: Sequence[int], seed: int, shares: Mappin
     split = [""] * len(groups)
     for label in set(labels):
         mine = {group: rows for group, rows in members.items() if labels[rows[0]] == label}
-        for group, part in _dealt({group: len(rows) for group, rows in mine.items()}, seed, shares).items():
+        for group, part in _in_order({group: len(rows) for group, rows in mine.items()}, seed, shares).items():
             for row in mine[group]:
                 split[row] = part
     return split
 
 
-def _dealt(sizes: Mapping[str, int], seed: int, shares: Mapping[str, float]) -> dict[str, str]:
+def _in_order(sizes: Mapping[str, int], seed: int, shares: Mapping[str, float]) -> dict[str, str]:
     order = sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
     counts = np.array([sizes[group] for group in order])
     middle = (np.cumsum(counts) - counts / 2) / counts.sum()

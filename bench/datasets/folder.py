@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from bench.datasets.files import FileDataset, Found, contents, deal, images
+from bench.datasets.files import FileDataset, Found, contents, dealt, images
 from bench.datasets.tables import table
 from explainer_bench import RequestError
 
@@ -101,8 +101,7 @@ class Folder(FileDataset):
         if self._tops != [folder]:
             _check_groups(grouped)
             return grouped
-        parts = deal([item.group for item in grouped], [item.label for item in grouped], self.seed)
-        return [replace(item, split=part) for item, part in zip(grouped, parts, strict=True)]
+        return dealt(grouped, self.seed)
 
     def _below(self, top: Path) -> Iterator[Found]:
         split = "" if top == self.home else top.name

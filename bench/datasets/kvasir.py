@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from bench.datasets.chung2024 import Chung2024
-from bench.datasets.files import Found, class_folders, deal, images
+from bench.datasets.files import Found, class_folders, dealt, images
 
 CLASSES = (
     "dyed-lifted-polyps",
@@ -87,8 +87,7 @@ class Kvasir(Chung2024):
             for label, path in class_folders(folder, CLASSES)
             for file in images(path)
         ]
-        parts = deal([item.id for item in found], [item.label for item in found], self.seed)
-        return [self._with_label(replace(item, split=part)) for item, part in zip(found, parts, strict=True)]
+        return [self._with_label(item) for item in dealt(found, self.seed)]
 
     def _with_label(self, found: Found) -> Found:
         name = CLASSES[found.label]

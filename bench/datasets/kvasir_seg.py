@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from bench.datasets.files import FileDataset, Found, class_folders, deal, images, paired
+from bench.datasets.files import FileDataset, Found, class_folders, dealt, images, paired
 from bench.datasets.kvasir import CLASSES, NORMAL, Kvasir
 
 
@@ -65,8 +64,7 @@ class KvasirSeg(FileDataset):
         masks = paired(files, folder / "masks")
         found = [Found(f"images/{f.stem}", 1, f, (("", m),)) for f, m in zip(files, masks, strict=True)]
         found += self._normal()
-        parts = deal([item.id for item in found], [item.label for item in found], self.seed)
-        return [replace(item, split=part) for item, part in zip(found, parts, strict=True)]
+        return dealt(found, self.seed)
 
     def _normal(self) -> list[Found]:
         if self.normal is None:

@@ -11,11 +11,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from bench.datasets.chung2024 import Chung2024
-from bench.datasets.files import Found, class_folders, deal, images
+from bench.datasets.files import TRAIN_VAL, Found, class_folders, dealt, images
 from explainer_bench import RequestError
 
 PARTS = ("XR_ELBOW", "XR_FINGER", "XR_FOREARM", "XR_HAND", "XR_HUMERUS", "XR_SHOULDER", "XR_WRIST")
-SHARES = {"train": 0.85, "val": 0.15}
 _STUDY = re.compile(r"study\d+_(?P<label>negative|positive)")
 
 
@@ -71,9 +70,7 @@ class Mura(Chung2024):
     def listed(self, folder: Path) -> list[Found]:
         """Return every image."""
         train, test = (list(_images(path)) for _, path in class_folders(folder, self.required))
-        parts = deal([item.group for item in train], [item.label for item in train], self.seed, SHARES)
-        dealt = [replace(item, split=part) for item, part in zip(train, parts, strict=True)]
-        return dealt + [replace(item, split="test") for item in test]
+        return dealt(train, self.seed, TRAIN_VAL) + [replace(item, split="test") for item in test]
 
     def key(self, found: Found) -> str:
         """Return patient, study and image for the test split's images."""

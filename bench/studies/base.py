@@ -20,7 +20,9 @@ from explainer_bench import Component, RequestError
 from leaderboards import beside
 
 PUBLISHED = Path(__file__).parent / "published"
-TRIVIAL = ("random", "random_token", "center_gaussian", "center_square", "sobel", "intensity", "constant", "roi_prior")
+# without the prior, for data of which few images, or none, have an ROI
+NO_PRIOR = ("random", "random_token", "center_gaussian", "center_square", "sobel", "intensity", "constant")
+TRIVIAL = (*NO_PRIOR, "roi_prior")
 
 
 @dataclass(frozen=True)

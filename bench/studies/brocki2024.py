@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 import metrics
-from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights, training_of
+from bench.studies.base import NO_PRIOR, TRIVIAL, Done, Part, Section, Study, Weights, training_of
 from bench.studies.maps import explained, models, of_classes
 from explainer_bench import RequestError
-from leaderboards import beside, statistics, study_figures
+from leaderboards import beside, study_figures
 from leaderboards.study_figures import Picture
 
 IMAGENET, LIDC = "ImageNet", "LIDC-IDRI"
@@ -37,7 +37,6 @@ OTHERS = {
     "token_ablation": "TAM",
 }
 PAIRED = ("token_ablation", "cdam", "gae", "raw_attention")  # of which the pair plot is
-NO_PRIOR = tuple(name for name in TRIVIAL if name != "roi_prior")  # few images of ImageNet have an ROI
 
 IMPUTERS = ("blur", "zero", "mean")
 FIDELITY = tuple(f"pixel_srg[imputer={name}]" for name in IMPUTERS)
@@ -231,12 +230,12 @@ def _of_tokens(scores: Tokens) -> Iterator[tuple[str, str, int, float, float, fl
     """Yield (metric, explainer, n, value, low, high)."""
     for name, values in scores.values.items():
         each = notebook_compactness(values)
-        low, high = _interval(each[:, None], scores.groups, lambda mean: mean[:, 0])
+        low, high = map(float, beside.interval(each[:, None], scores.groups, lambda mean: mean[:, 0]))
         yield "token_compactness", name, len(each), float(each.mean()), low, high
     for pair in _pairs(scores):
         x, y = (scores.values[name] for name in pair)
         moments = np.stack([x, y, x * x, y * y, x * y], axis=-1).mean(axis=1)
-        low, high = _interval(moments, scores.groups, _pearson)
+        low, high = map(float, beside.interval(moments, scores.groups, _pearson))
         value = float(_pearson(moments.mean(axis=0, keepdims=True))[0])
         yield "token_pearson", " ~ ".join(sorted(pair)), len(x), value, low, high
 
@@ -250,15 +249,6 @@ def _pearson(moments: np.ndarray) -> np.ndarray:
     x, y, xx, yy, xy = moments.T
     with np.errstate(invalid="ignore", divide="ignore"):
         return (xy - x * y) / np.sqrt((xx - x * x) * (yy - y * y))
-
-
-def _interval(
-    values: np.ndarray, groups: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
-) -> tuple[float, float]:
-    """Bootstrap a statistic of the means (B, K) of values (N, K) over groups of images."""
-    means = statistics.bootstrap_means(values, groups, beside.N_BOOT, np.random.default_rng(0))
-    low, high = statistics.interval(statistic(means)[:, None])
-    return float(low[0]), float(high[0])
 
 
 def _pair_plots(scores: Mapping[str, Tokens], out: Path) -> Iterator[tuple[str, Path]]:

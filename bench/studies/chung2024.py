@@ -16,7 +16,7 @@ import metrics
 from bench.datasets import chung2024 as annotated
 from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights, training_of
 from explainer_bench import written
-from leaderboards import beside, statistics
+from leaderboards import beside
 from metrics import Samples
 
 DATASETS = {"CP-Child": "cp_child", "DUKE": "duke", "Kvasir": "kvasir", "MURA": "mura"}
@@ -198,8 +198,7 @@ def _bounds(values: np.ndarray, groups: np.ndarray) -> dict[str, float | bool]:
     if hits and len(set(groups)) == len(values):
         low, high = beside.wilson(float(values.mean()), len(values))
     else:
-        means = statistics.bootstrap_means(values[:, None], groups, beside.N_BOOT, np.random.default_rng(0))
-        low, high = (float(bound[0]) for bound in statistics.interval(means))
+        low, high = (float(bound[0]) for bound in beside.interval(values[:, None], groups))
     return {"low": low, "high": high, "hits": hits}
 
 

@@ -17,9 +17,9 @@ from bench.precision import full_precision
 from bench.problem import Problem, Shard
 from bench.runner import Progress
 from bench.store import key
-from bench.studies.base import PUBLISHED, TRIVIAL, Done, Part, Section, Study, Weights, training_of
+from bench.studies.base import NO_PRIOR, PUBLISHED, TRIVIAL, Done, Part, Section, Study, Weights, training_of
 from bench.training import performance
-from leaderboards import beside, statistics
+from leaderboards import beside
 from leaderboards import survey_figures as figures
 
 
@@ -44,7 +44,7 @@ MODELS = {
 FRACTIONS = (1, 10, 50, 100)  # % of the training images
 SAMPLES = 32
 METHODS = {"deeplift": "DeepLIFT", "lrp_epsilon": "LRP", "transformer_attribution": "LRP (Chefer)"}
-EXPLAINERS = (*METHODS, "gradcam", "integrated_gradients", *(name for name in TRIVIAL if name != "roi_prior"))
+EXPLAINERS = (*METHODS, "gradcam", "integrated_gradients", *NO_PRIOR)
 COMPACTNESS = "sparseness[unit=token]"  # the maps of CNNs are of pixels, some of DeiT's of tokens
 METRICS = ("srg", "faithfulness_correlation", "saco", COMPACTNESS, "class_correlation", "contrastive_faithfulness")
 BATCH = 32
@@ -74,11 +74,6 @@ class Goncalves2022(Study):
         "the training images are drawn by class, not by the authors' generator; the images of MIMIC-CXR are chosen by "
         "the public labels, as theirs were not released."
     )
-
-    @property
-    def published(self) -> pd.DataFrame:
-        """The published accuracies: ``dataset, model, fraction, accuracy, n, mark``; `fraction` in %."""
-        return super().published
 
     def parts(self, data_root: Path | None) -> list[Part]:
         """Return the 84 models."""
@@ -260,12 +255,10 @@ def _difference(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float]:
     labels = both["label"].to_numpy()
     classes = (labels[:, None] == np.unique(labels)).astype(float)
     sums = np.column_stack([difference, difference[:, None] * classes, classes])
-    resampled = statistics.bootstrap_means(
-        sums, pd.factorize(both["group"])[0], beside.N_BOOT, np.random.default_rng(0)
-    )
+    groups = pd.factorize(both["group"])[0]
     row: dict[str, float] = {}
     for name, read in {"accuracy": _plain, "balanced_accuracy": _balanced}.items():
-        low, high = statistics.interval(read(resampled))
+        low, high = beside.interval(sums, groups, read)
         row |= {name: float(read(sums.mean(0)[None])[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
     return row
 

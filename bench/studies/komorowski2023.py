@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from bench.studies.base import TRIVIAL, Done, Part, Section, Study, Weights, training_of
+from bench.studies.base import NO_PRIOR, TRIVIAL, Done, Part, Section, Study, Weights, training_of
 from bench.studies.maps import explained, models, of_classes
 from leaderboards import study_figures
 from leaderboards.study_figures import Picture
@@ -31,7 +31,6 @@ EXPLAINERS = {
     "rollout[fusion=min]": "attention rollout, min",
     "rollout[fusion=max,discard=0.99]": "attention rollout, max",
 }
-NO_PRIOR = tuple(name for name in TRIVIAL if name != "roi_prior")  # the lung tree has no ROI
 
 ESTIMATE = "quantus:FaithfulnessEstimate[features_in_step=224]"
 CORRELATION = "faithfulness_correlation_pixels"

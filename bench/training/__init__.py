@@ -307,11 +307,6 @@ def measure(recipe: Recipe, model: Model, split: Split, device: str, name: str =
     )
 
 
-def evaluate(recipe: Recipe, model: Model, split: Split, device: str) -> dict[str, float]:
-    """The figures alone, and the number of images."""
-    return {"images": len(split), **measure(recipe, model, split, device).figures}
-
-
 def _figures(measured: dict[str, Performance], splits: dict[str, Split]) -> dict[str, Any]:
     """The report's part on performance; what is undefined is null."""
 
